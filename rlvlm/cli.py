@@ -1,0 +1,112 @@
+"""The command line: thin. Exit codes: 0 done; 1 a run that failed for a reason that has a name (or a bug, with its
+traceback); 2 bad input; 130 interrupted by Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlvlm import __version__
+from rlvlm.recipe import yaml12
+from rlvlm.recipe.errors import RecipeError, RlvlmError
+from rlvlm.recipe.load import load_recipe
+from rlvlm.run import RunFolder
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command (default: the process's arguments) and returns its exit code."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments.command(arguments)
+    except RlvlmError as error:
+        _tell(str(error), error)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        _tell("interrupted", interrupt)
+        return _INTERRUPTED
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from rlvlm.preflight import preflight
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    preflight(recipe)
+    with RunFolder.of(recipe) as run:
+        if arguments.resume:
+            run.resume(recipe)
+        else:
+            run.create(recipe)
+        with _telling_how_to_go_on(run, arguments):
+            from rlvlm.trainer import train
+
+            train(recipe, run, arguments.resume)
+
+
+@contextmanager
+def _telling_how_to_go_on(run: RunFolder, arguments: argparse.Namespace) -> Iterator[None]:
+    """Whatever ends the block early, a bug included, carries the command that takes the run up again."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        command = shlex.join(["rlvlm", "train", str(arguments.recipe), *arguments.overrides, "--resume"])
+        error.add_note(f"The run is in {run.root}; it goes on with:\n  {command}")
+        raise
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    run: Path = arguments.run
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError("run", run, "no run is in this folder", "give a run folder, like runs/tiny_demo")
+    from rlvlm.report.html import write_report
+
+    write_report(run)
+    print(run / "report.html")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from rlvlm.preflight import preflight
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    preflight(recipe)
+    print(yaml12.dump(recipe.model_dump(mode="json")), end="")
+    print(f"{arguments.recipe} is fine", file=sys.stderr)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("rlvlm", description="Make a vision-language model reason: long-CoT SFT, then RL.")
+    parser.add_argument("--version", action="version", version=f"rlvlm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="run a recipe: its stages, the evaluation, the report")
+    train.add_argument("--resume", action="store_true", help="go on with the run that the recipe's folder holds")
+    train.set_defaults(command=_train)
+    check = commands.add_parser("check", help="check a recipe and this machine, and print the recipe with every key")
+    check.set_defaults(command=_check)
+    for command in (train, check):
+        command.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+        command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="like rl.iterations=3")
+    report = commands.add_parser("report", help="write a run's report.html anew")
+    report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    report.set_defaults(command=_report)
+    arguments, others = parser.parse_known_args(argv)
+    # argparse takes `train RECIPE --resume key=value` apart at --resume and gives back the overrides after it.
+    overrides = [other for other in others if not other.startswith("-") and "overrides" in arguments]
+    unknown = [other for other in others if other not in overrides]
+    if unknown:
+        hint = "; keys of the recipe take no dashes" if any("=" in other for other in unknown) else ""
+        parser.error(f"{' '.join(unknown)} is not known here{hint}")
+    if overrides:
+        arguments.overrides = [*arguments.overrides, *overrides]
+    return arguments
+
+
+def _tell(what: str, error: BaseException) -> None:
+    """`what`, then the error's notes."""
+    first, *more = "\n".join([what, *getattr(error, "__notes__", ())]).splitlines()
+    print(f"rlvlm: {first}", *(f"       {line}" for line in more), sep="\n", file=sys.stderr)

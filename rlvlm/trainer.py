@@ -1,0 +1,253 @@
+"""The loop of Kimi k1.5, as data flows:
+
+    Task -- sampler --> prompts -- engine --> k responses each -- judge --> scores -- advantages --> packed batch --
+    learner
+      ^                                                                |                                             |
+      +----------------------- success rates --------------------------+         weights, once per iteration --> engine
+
+`train` runs a recipe's stages; `_iterate` is the picture above; everything else here brings the parts up and writes
+down what they say. Randomness is a function of (seed, iteration), so a run that was killed goes on as if it had not
+been.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlvlm.cluster.local import become_rank, free_port
+from rlvlm.evaluation.evaluate import Evaluator, Measured
+from rlvlm.learner.checkpoints import Checkpoints
+from rlvlm.learner.learner import Learner, Parity
+from rlvlm.learner.objective import Rewarded, reward_group
+from rlvlm.learner.packing import pack
+from rlvlm.policy.checkpoint import load_policy, save_policy
+from rlvlm.policy.initial import initial_checkpoint
+from rlvlm.policy.prompts import PromptEncoder, placeholder_ids
+from rlvlm.recipe.errors import RecipeError, RunError
+from rlvlm.recipe.schema import Recipe
+from rlvlm.records import Group
+from rlvlm.report.clock import Clock, MemoryWatch
+from rlvlm.report.console import Console
+from rlvlm.report.iteration import iteration_record
+from rlvlm.report.metrics import MetricsLog
+from rlvlm.report.summary import LOOP_PARTS, finish
+from rlvlm.report.trajectories import iteration_file, write_trajectories
+from rlvlm.rollout.engine import RolloutEngine
+from rlvlm.rollout.engine import Sampling as Round
+from rlvlm.run import RunFolder
+from rlvlm.sampling.sampler import Sampler
+from rlvlm.scoring import Judge
+from rlvlm.sft import check_gate, reading_accuracy, train_sft
+from rlvlm.tasks.pools import TaskPools
+
+
+class ParityLost(RunError):
+    """Engine and learner disagree about the log-prob of a sampled token."""
+
+
+def train(recipe: Recipe, run: RunFolder, resume: bool) -> None:
+    """Runs the recipe's stages in order, evaluates, and writes summary.json and report.html into the run folder.
+
+    Raises RunError (gate, parity, failing rewards, a dead engine) with what to do about it.
+    """
+    with Console() as console, MemoryWatch() as memory:
+        clock, log = Clock(), MetricsLog(run.metrics)
+        pools = TaskPools(recipe, run.images)
+        with clock.part("sft"):
+            checkpoint = _fine_tuned(recipe, run, pools, console, log)
+        policy = _Policy(recipe, run, pools, checkpoint)
+        before, after, parity = asyncio.run(_improve(policy, console, log, clock))
+        finish(run, recipe, policy.model, before, after, parity, clock, memory, console)
+
+
+def _fine_tuned(recipe: Recipe, run: RunFolder, pools: TaskPools, console: Console, log: MetricsLog) -> Path:
+    """The checkpoint that RL starts from: the recipe's policy, after SFT where the recipe asks for it."""
+    target = run.checkpoints / "sft" / "hf"
+    if target.is_dir():
+        return target  # a resumed run; the folder gets its name only when it is complete
+    console.stage("policy", recipe.policy.model)
+    start = initial_checkpoint(recipe, run.checkpoints / "initial" / "hf", pools)
+    if "sft" not in recipe.stages:
+        return start
+    console.stage("sft", f"{recipe.sft.steps} steps of {recipe.sft.batch}, {recipe.sft.ranks} ranks")
+    log.path.unlink(missing_ok=True)  # lines of an SFT that was killed
+    unfinished = run.checkpoints / "sft-unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    train_sft(recipe, start, unfinished / "hf", run.images, run.metrics)
+    unfinished.rename(target.parent)
+    return target
+
+
+class _Policy:
+    """The policy in this process, and what goes with it everywhere: its encoder, its tasks, what it must not sample."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder, pools: TaskPools, checkpoint: Path) -> None:
+        become_rank(0, 1, recipe.learner.port or free_port(), recipe.threads)
+        self.recipe, self.run, self.pools, self.checkpoint = recipe, run, pools, checkpoint
+        self.model, self.processor = load_policy(str(checkpoint), recipe.policy.dtype)
+        if hasattr(self.model.model, "get_rope_index"):
+            raise RecipeError(
+                "policy.model",
+                recipe.policy.model,
+                f"{self.model.config.model_type} has M-RoPE positions, which packed rows do not write so far",
+                "take a model with one position per token, like kimi_k25",
+            )
+        self.encoder = PromptEncoder(self.processor, pools.store)
+        self.banned = sorted({*placeholder_ids(self.model), *recipe.rollout.ban})
+
+    def engine(self) -> RolloutEngine:
+        return RolloutEngine(self.recipe, self.checkpoint, self.model.config.model_type, self.encoder, self.banned)
+
+
+async def _improve(
+    policy: _Policy, console: Console, log: MetricsLog, clock: Clock
+) -> tuple[Measured, Measured | None, Parity | None]:
+    """Evaluation, RL, evaluation, with one engine up."""
+    recipe, run = policy.recipe, policy.run
+    if "rl" in recipe.stages and "sft" in recipe.stages:
+        with clock.part("sft"):
+            _pass_gate(policy, console)
+    console.stage("engine", "vLLM starts")
+    async with policy.engine() as engine:
+        judge = Judge(recipe.rewards, policy.pools.store)
+        evaluator = Evaluator(recipe, run.root, policy.pools, engine, judge, policy.encoder)
+        console.stage("evaluation", "on held-out pictures, before RL")
+        with clock.part("evaluation"):
+            before = await evaluator.measure("sft")
+        if "rl" not in recipe.stages:
+            return before, None, None
+        loop = _Loop(policy, engine, judge, console, log, clock)
+        parity = await loop.run()
+        console.stage("evaluation", "on the same pictures, after RL")
+        with clock.part("evaluation"):
+            return before, await evaluator.measure("rl"), parity
+
+
+def _pass_gate(policy: _Policy, console: Console) -> None:
+    accuracy = reading_accuracy(policy.model, policy.pools.gate(), policy.encoder)
+    console.note(f"gate: reads {accuracy:.1%} of what held-out pictures show")
+    check_gate(accuracy, policy.recipe)
+
+
+@dataclass(slots=True)
+class _Loop:
+    """RL: the parts between which the data flows."""
+
+    policy: _Policy
+    engine: RolloutEngine
+    judge: Judge
+    console: Console
+    log: MetricsLog
+    clock: Clock
+
+    async def run(self) -> Parity | None:
+        """All iterations that are still to be done. Gives the worst parity seen."""
+        recipe, run = self.policy.recipe, self.policy.run
+        self.console.stage(
+            "rl", f"{recipe.rl.iterations} iterations of {recipe.rl.prompts} x {recipe.rl.samples} responses"
+        )
+        sampler = Sampler(self.policy.pools.rl(), recipe.sampling, recipe.seed)
+        learner = Learner(recipe, self.policy.model, self.policy.banned)
+        checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint.keep)
+        done = await self._take_up(checkpoints, sampler, learner)
+        for iteration in range(done + 1, recipe.rl.iterations + 1):
+            with self.clock.part("loop"):
+                await self._iterate(iteration, sampler, learner)
+            if iteration % recipe.checkpoint.every == 0 or iteration == recipe.rl.iterations:
+                with self.clock.part("checkpoint"):
+                    self._checkpoint(iteration, checkpoints, sampler, learner)
+        return _worst_parity(self.log)
+
+    async def _iterate(self, iteration: int, sampler: Sampler, learner: Learner) -> None:
+        """One iteration of online policy mirror descent."""
+        recipe, rl, timed = self.policy.recipe, self.policy.recipe.rl, Clock()
+        with timed.part("rollout"):
+            tasks = sampler.draw(iteration, rl.prompts)
+            groups = await self.engine.generate(
+                tasks, Round(rl.samples, rl.temperature, rl.max_tokens, f"rl-{iteration}")
+            )
+        with timed.part("reward"):
+            groups = await self.judge.score(groups)
+            rewarded = [reward_group(group, rl.length, iteration) for group in groups]
+        with timed.part("learner"):
+            batch = pack(
+                rewarded, self.policy.encoder.prompt, rl.minibatches, recipe.learner.row_tokens, recipe.seed + iteration
+            )
+            reference = learner.reference(batch)
+            self._hold_parity(reference.parity)
+            learned = learner.step(batch, reference)
+        with timed.part("transfer"):
+            await self.engine.update_weights(learner.weights(), version=iteration)
+        sampler.update(groups)
+        self._write_down(
+            iteration, rewarded, groups, {**learned, "entropy": reference.entropy}, reference.parity, timed
+        )
+
+    def _hold_parity(self, parity: Parity) -> None:
+        limit = self.policy.recipe.parity.max
+        if limit is not None and parity.max > limit:
+            raise ParityLost(
+                f"engine and learner disagree by {parity.max:.2g} on the log-prob of a sampled token (mean "
+                f"{parity.mean:.2g} over {parity.tokens} tokens), and parity.max = {limit:g}: the policy that samples "
+                "is not the one that learns",
+                mend="in bfloat16 set parity.max to what rounding gives (0.2 for kimi_k25); in float32 suspect the "
+                "engine or the processor, and compare both on one prompt before going on",
+            )
+
+    def _write_down(
+        self,
+        iteration: int,
+        rewarded: Sequence[Rewarded],
+        groups: Sequence[Group],
+        learned: dict[str, float],
+        parity: Parity,
+        timed: Clock,
+    ) -> None:
+        run = self.policy.run
+        self.policy.pools.store.save_all(key for group in groups for key in group.task.images)
+        write_trajectories(
+            iteration_file(run.root, iteration),
+            groups,
+            self.policy.encoder.piece,
+            iteration=iteration,
+            rewards=[one.reward_K for one in rewarded],
+            advantages=[one.advantage_K for one in rewarded],
+        )
+        record = iteration_record(
+            iteration, rewarded, learned, parity, self.policy.recipe.rl.length, timed.seconds(*LOOP_PARTS)
+        )
+        self.log.write(record)
+        self.console.iteration(record, self.policy.recipe.rl.iterations)
+
+    def _checkpoint(self, iteration: int, checkpoints: Checkpoints, sampler: Sampler, learner: Learner) -> None:
+        def fill(folder: Path) -> None:
+            save_policy(self.policy.model, self.policy.processor, folder / "hf", learner.full_state())
+            learner.save(folder / "state")
+
+        checkpoints.write(iteration, fill, {"iteration": iteration, "sampler": sampler.state_dict()})
+
+    async def _take_up(self, checkpoints: Checkpoints, sampler: Sampler, learner: Learner) -> int:
+        """Goes back to the last complete checkpoint. Gives the iteration that it was written after; 0 if there is
+        none."""
+        done = max(checkpoints.steps(), default=0)
+        self.log.truncate_after(done)
+        if done:
+            self.console.note(f"resumes after iteration {done}")
+            sampler.load_state_dict(checkpoints.state(done)["sampler"])
+            learner.load(checkpoints.path(done) / "state")
+            await self.engine.update_weights(learner.weights(), version=done)
+        return done
+
+
+def _worst_parity(log: MetricsLog) -> Parity | None:
+    lines: list[dict[str, Any]] = [line for line in log.read() if line.get("stage") == "rl"]
+    if not lines:
+        return None
+    tokens = sum(line["parity/tokens"] for line in lines)
+    mean = sum(line["parity/mean"] * line["parity/tokens"] for line in lines) / tokens
+    return Parity(max(line["parity/max"] for line in lines), mean, tokens)

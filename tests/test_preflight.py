@@ -1,0 +1,150 @@
+"""What preflight finds, each on the real thing: files, a port that is taken, a model larger than the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlvlm.preflight import check_model, check_output, check_port, check_rewards, check_shared_memory, preflight
+from rlvlm.recipe.errors import RecipeError
+from rlvlm.recipe.load import recipe_from
+from rlvlm.recipe.schema import Recipe
+
+TIB = 1 << 40
+
+
+def _recipe(tmp_path: Path, **keys: Any) -> Recipe:
+    data = {"name": "demo", "output": str(tmp_path / "runs"), "tasks": {"train": [{"generator": "digits_sum"}]}}
+    return recipe_from({**data, **keys})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory with the names that a checkpoint has; bfloat16 weights of 4 TiB that take no room (a sparse file)."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"text_config": {"dtype": "bfloat16"}}))
+    for name in ("preprocessor_config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    with open(folder / "model.safetensors", "wb") as file:
+        os.truncate(file.fileno(), 4 * TIB)
+    return folder
+
+
+def test_a_good_recipe_passes_and_writes_nothing(tmp_path: Path) -> None:
+    preflight(_recipe(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    tasks = {"train": [{"generator": "digit_sum"}], "evaluation": [{"generator": "digits_sum", "reward": "exct"}]}
+    with pytest.raises(RecipeError) as raised:
+        preflight(_recipe(tmp_path, tasks=tasks, policy={"model": "nowhere"}))
+    assert {error.key: error.value for error in raised.value.errors} == {
+        "tasks.train[0].generator": "digit_sum",
+        "tasks.evaluation[0].reward": "exct",
+        "policy.model": "nowhere",
+        "output": str(tmp_path / "runs"),
+    }
+    told = str(raised.value)
+    assert "did you mean 'exact'?" in told and "did you mean 'digits_sum'?" in told
+    assert not any(error.problem.startswith(error.key) for error in raised.value.errors)  # the key is told once
+
+
+def test_a_reward_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path("mine.py")
+    file.write_text("def reward(sample): return 1.0\n")
+    good = {"train": [{"generator": "digits_sum", "reward": f"{file}:reward"}]}
+    check_rewards(_recipe(tmp_path, tasks=good))
+    with pytest.raises(RecipeError, match=r"tasks.train\[0\].reward = mine.py:rewrad: .*did you mean 'reward'"):
+        check_rewards(_recipe(tmp_path, tasks={"train": [{"generator": "digits_sum", "reward": f"{file}:rewrad"}]}))
+
+
+@pytest.mark.parametrize("name", ["tiny_kimi", "moonshotai/Kimi-VL-A3B-Instruct"])
+def test_models_that_are_no_directory(tmp_path: Path, name: str) -> None:
+    check_model(_recipe(tmp_path, policy={"model": name}))
+
+
+@pytest.mark.parametrize("name", ["tinykimi", "./models/x", "models/a/b", "/nowhere/model", "~/no such model"])
+def test_a_directory_that_is_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        check_model(_recipe(tmp_path, policy={"model": name}))
+    assert (raised.value.key, raised.value.value, raised.value.problem) == ("policy.model", name, "no such directory")
+
+
+@pytest.mark.parametrize(
+    ("lost", "problem"),
+    [
+        ("config.json", "the directory has no config (config.json)"),
+        ("model.safetensors", "the directory has no weights (*.safetensors or *.bin)"),
+        (
+            "preprocessor_config.json",
+            "the directory has no processor (preprocessor_config.json or processor_config.json)",
+        ),
+        ("tokenizer.json", "the directory has no tokenizer (tokenizer.json or tokenizer_config.json)"),
+    ],
+)
+def test_a_directory_that_lacks_a_part(tmp_path: Path, model: Path, lost: str, problem: str) -> None:
+    recipe = _recipe(tmp_path, policy={"model": str(model)})
+    check_model(recipe)
+    (model / lost).unlink()
+    with pytest.raises(RecipeError) as raised:
+        check_model(recipe)
+    assert (raised.value.key, raised.value.value, raised.value.problem) == ("policy.model", str(model), problem)
+
+
+def test_a_file_or_a_broken_config(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(RecipeError, match="this is a file; give the directory"):
+        check_model(_recipe(tmp_path, policy={"model": str(model / "config.json")}))
+    (model / "config.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"config.json is not JSON: .*; copy the file anew"):
+        check_model(_recipe(tmp_path, policy={"model": str(model)}))
+
+
+def test_too_little_shared_memory(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        check_shared_memory(_recipe(tmp_path, policy={"model": str(model), "dtype": "bfloat16"}))
+    assert "free of the 4096.0 GiB needed" in raised.value.problem  # 4 TiB of weights and a little more
+    assert "--shm-size=4097g" in raised.value.mend
+    with pytest.raises(RecipeError, match=r"8192\.0 GiB needed"):  # the same parameters in float32
+        check_shared_memory(_recipe(tmp_path, policy={"model": str(model), "dtype": "float32"}))
+
+
+def test_too_little_disk(tmp_path: Path, model: Path) -> None:
+    # 2 Ti parameters x (2 bytes of weights + 12 of optimizer) x (2 checkpoints kept + 1 being written) + 0.5 GiB.
+    with pytest.raises(RecipeError) as raised:
+        check_output(_recipe(tmp_path, policy={"model": str(model), "dtype": "bfloat16"}))
+    assert raised.value.key == "output" and "free of the 86016.5 GiB needed" in raised.value.problem
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(RecipeError) as raised:
+            check_port(_recipe(tmp_path, learner={"port": port}))
+    message = f"learner.port = {port}: address already in use; give another port, or 0 for one that is free"
+    assert str(raised.value) == message
+    check_port(_recipe(tmp_path, learner={"port": port}))
+    check_port(_recipe(tmp_path, learner={"port": 0}))
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RecipeError, match=r"output = .*runs is a file; give a folder"):
+        check_output(_recipe(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_that_is_not_writable(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir(mode=0o500)
+    with pytest.raises(RecipeError, match="is not writable for this user; give another folder"):
+        check_output(_recipe(tmp_path))
