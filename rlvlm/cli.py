@@ -8,11 +8,14 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+
+from rlvlm_rewards.check import add_arguments
 
 from rlvlm import __version__
 from rlvlm.recipe import yaml12
-from rlvlm.recipe.errors import RecipeError, RlvlmError
+from rlvlm.recipe.errors import RecipeError, RlvlmError, RunError
 from rlvlm.recipe.load import load_recipe
 from rlvlm.run import RunFolder
 
@@ -79,6 +82,29 @@ def _check(arguments: argparse.Namespace) -> None:
     print(f"{arguments.recipe} is fine", file=sys.stderr)
 
 
+def _check_reward(arguments: argparse.Namespace) -> None:
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+    from rlvlm_rewards import check
+
+    table = Table("check", "", "detail", box=None, pad_edge=False)
+    styles, failed = {"pass": "green", "FAIL": "bold red", "-": "dim"}, 0
+    try:
+        findings = check.check_reward(arguments.plugin, check.parse_options(arguments.options), arguments.samples)
+        first = next(findings)  # bad usage is told without a table
+        with Live(table):
+            for found in chain([first], findings):
+                verdict = check.verdict(found)
+                failed += verdict == "FAIL"
+                table.add_row(found.check, Text(verdict, style=styles[verdict]), Text(found.detail))
+    except check.BadUsage as error:
+        problem, _, mend = str(error).removeprefix(f"reward {arguments.plugin!r}").lstrip(": ").partition("; ")
+        raise RecipeError("reward", arguments.plugin, problem, mend) from None
+    if failed:
+        raise RunError(f"{failed} of {table.row_count} checks failed", "mend the reward before a run learns from it")
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("rlvlm", description="Make a vision-language model reason: long-CoT SFT, then RL.")
     parser.add_argument("--version", action="version", version=f"rlvlm {__version__}")
@@ -94,6 +120,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     report = commands.add_parser("report", help="write a run's report.html anew")
     report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     report.set_defaults(command=_report)
+    reward = commands.add_parser("reward", help="what concerns rewards").add_subparsers(required=True, metavar="WHAT")
+    checked = reward.add_parser("check", help="check that a reward can be trusted: `rlvlm reward check PLUGIN`")
+    add_arguments(checked)
+    checked.set_defaults(command=_check_reward)
     arguments, others = parser.parse_known_args(argv)
     # argparse takes `train RECIPE --resume key=value` apart at --resume and gives back the overrides after it.
     overrides = [other for other in others if not other.startswith("-") and "overrides" in arguments]

@@ -61,15 +61,21 @@ def _rewards(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def check_rewards(recipe: Recipe) -> None:
-    from rlvlm_rewards import InvalidReward, RewardNotFound, load_reward
+    """Each can be imported and takes its options."""
+    from rlvlm.scoring import own_reward, reward_named
 
     errors = []
+    for own, named in recipe.rewards.named.items():
+        try:
+            own_reward(own, named)
+        except RecipeError as error:
+            errors.append(error)
     for key, name in _rewards(recipe):
         try:
-            load_reward(name)
-        except (RewardNotFound, InvalidReward) as error:
-            problem, _, mend = str(error).removeprefix(f"reward {name!r}").lstrip(": ").partition("; ")
-            errors.append(RecipeError(key, name, problem, mend))
+            if name not in recipe.rewards.named:
+                reward_named(name, recipe.rewards, key)
+        except RecipeError as error:
+            errors.append(error)
     if errors:
         raise RecipeError.of(errors)
 

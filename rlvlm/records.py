@@ -56,10 +56,12 @@ class Task:
     messages: chat messages in the format of transformers' chat templates; each picture is `{"type": "image"}`.
     images: keys into the run's ImageStore, in the order of the placeholders: pictures travel by reference.
     answer: the reference answer that the reward compares with.
-    reward: how `rlvlm_rewards.load_reward` finds the reward: `name`, `package.module:attr` or `path/to/file.py:attr`.
+    reward: one of the recipe's `rewards.named`, or how `rlvlm_rewards.load_reward` finds it: `name`,
+    `package.module:attr` or `path/to/file.py:attr`.
     level: difficulty, 1 (easy) and up; the curriculum goes by it.
     source: the name of the task source (the generator's name or the recipe's name for a data set).
     chains: style -> chain to imitate in SFT; empty where the source has none.
+    columns: the other columns of the data's row, for the reward.
     """
 
     id: str
@@ -70,6 +72,7 @@ class Task:
     level: int
     source: str
     chains: Mapping[str, Chain] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class StopReason(StrEnum):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rlvlm.learner.checkpoints import Checkpoints
 from rlvlm.learner.learner import Learner, Parity
 from rlvlm.learner.objective import Rewarded, reward_group
 from rlvlm.learner.packing import pack
+from rlvlm.limits import LIMITS_FILE
 from rlvlm.policy.checkpoint import load_policy, save_policy
 from rlvlm.policy.initial import initial_checkpoint
 from rlvlm.policy.prompts import PromptEncoder, placeholder_ids
@@ -41,7 +43,7 @@ from rlvlm.rollout.engine import RolloutEngine
 from rlvlm.rollout.engine import Sampling as Round
 from rlvlm.run import RunFolder
 from rlvlm.sampling.sampler import Sampler
-from rlvlm.scoring import Judge
+from rlvlm.scoring import Judge, opens_thinking
 from rlvlm.sft import check_gate, reading_accuracy, train_sft
 from rlvlm.tasks.pools import TaskPools
 
@@ -113,8 +115,14 @@ async def _improve(
         with clock.part("sft"):
             _pass_gate(policy, console)
     console.stage("engine", "vLLM starts")
-    async with policy.engine() as engine:
-        judge = Judge(recipe.rewards, policy.pools.store)
+    judge = Judge(
+        recipe.rewards,
+        policy.pools.store,
+        thinking=opens_thinking(policy.processor),
+        limits_file=run.root / LIMITS_FILE,
+        tell=console.note,
+    )
+    async with aclosing(judge), policy.engine() as engine:
         evaluator = Evaluator(recipe, run.root, policy.pools, engine, judge, policy.encoder)
         console.stage("evaluation", "on held-out pictures, before RL")
         with clock.part("evaluation"):
@@ -172,7 +180,7 @@ class _Loop:
                 tasks, Round(rl.samples, rl.temperature, rl.max_tokens, f"rl-{iteration}")
             )
         with timed.part("reward"):
-            groups = await self.judge.score(groups)
+            groups = await self.judge.score(groups, progress=iteration / rl.iterations)
             rewarded = [reward_group(group, rl.length, iteration) for group in groups]
         with timed.part("learner"):
             batch = pack(

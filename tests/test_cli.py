@@ -68,6 +68,15 @@ def test_check_prints_the_resolved_recipe(recipe: Path, tmp_path: Path, capsys: 
             "raised NameError: name 'undefined' is not defined (FOLDER/mine.py:2); mend it there\n",
         ),
         (["check", "RECIPE", "a=1", "b=2"], "rlvlm: a = 1: no such key; a recipe has the keys name, "),
+        (["reward", "check", "exct"], "rlvlm: reward = exct: is not known; did you mean 'exact'?"),
+        (
+            ["reward", "check", "format", "--options", "tag=x"],
+            "reward = format: has no option 'tag'; did you mean 'tags'?",
+        ),
+        (
+            ["reward", "check", "format", "--samples", "none.jsonl"],
+            "No such file or directory: 'none.jsonl'; give a file",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
@@ -83,10 +92,32 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert message in told.err and "Traceback" not in told.err and told.out == ""
 
 
+def test_checking_a_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rlvlm_rewards import final_answer\n"
+        "def right(sample, off=''): return float(final_answer(sample.completion) == sample.answer + off)\n"
+        "def holds(sample): return float(sample.answer in sample.completion)\n"
+    )
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"completion": "</think>a cat", "answer": "a cat", "expected": 1}\n')
+    place = f"{tmp_path}/mine.py"
+    assert main(["reward", "check", f"{place}:right", "--samples", str(samples)]) == 0
+    told = capsys.readouterr()
+    assert "right answers get their credit" in told.out and "FAIL" not in told.out and told.err == ""
+    assert main(["reward", "check", f"{place}:right", "--samples", str(samples), "--options", "off=x"]) == 1
+    told = capsys.readouterr()
+    assert told.out.count("FAIL") == 1 and "1 of 13 checks failed; mend the reward" in told.err
+    assert main(["reward", "check", f"{place}:holds"]) == 1
+    assert capsys.readouterr().out.count("FAIL") == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "required: COMMAND"),
+        (["reward"], "required: WHAT"),
+        (["reward", "check"], "required: plugin"),
+        (["reward", "check", "exact", "--smaples=3"], "--smaples=3 is not known here"),
         (["train"], "required: RECIPE\n"),
         (["train", "r.yaml", "--rl.prompts=4"], "--rl.prompts=4 is not known here; keys of the recipe take no dashes"),
         (["train", "r.yaml", "--resum3"], "--resum3 is not known here\n"),

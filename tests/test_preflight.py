@@ -67,6 +67,46 @@ def test_a_reward_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
         check_rewards(_recipe(tmp_path, tasks={"train": [{"generator": "digits_sum", "reward": f"{file}:rewrad"}]}))
 
 
+def test_the_rewards_of_the_recipe_and_their_options(tmp_path: Path) -> None:
+    good = {"parts": [{"reward": "number", "weight": 0.8, "options": {"absolute": 0.1}}, {"reward": "format"}]}
+    tasks = {
+        "train": [{"generator": "digits_sum", "reward": "mine"}, {"generator": "digits_largest", "reward": "mien"}]
+    }
+    check_rewards(_recipe(tmp_path, tasks={"train": tasks["train"][:1]}, rewards={"named": {"mine": good}}))
+    off = {"parts": [{"reward": "number", "options": {"absolut": 0.1}}, {"reward": "grounding", "options": {}}]}
+    with pytest.raises(RecipeError) as raised:
+        check_rewards(_recipe(tmp_path, tasks=tasks, rewards={"named": {"mine": good, "off": off}}))
+    told = str(raised.value)
+    assert [error.key for error in raised.value.errors] == [
+        "rewards.named.off.parts[0].options.absolut",
+        "rewards.named.off.parts[1].reward",
+        "tasks.train[1].reward",
+    ]
+    assert "absolut = 0.1: number has no option 'absolut'; did you mean 'absolute'?; it has absolute, relative" in told
+    assert "parts[1].reward = grounding: option 'coordinates' is missing; give 'pixels' or 'thousandths'" in told
+    assert "this recipe's own are mine, off" in told
+
+
+def test_coordinates_are_said_in_the_recipe(tmp_path: Path) -> None:
+    def check(options: dict[str, Any]) -> None:
+        named = {"boxes": {"parts": [{"reward": "grounding", "options": options}]}}
+        tasks = {"train": [{"generator": "digits_sum", "reward": "boxes"}]}
+        check_rewards(_recipe(tmp_path, tasks=tasks, rewards={"named": named}))
+
+    check({"coordinates": "thousandths"})
+    with pytest.raises(RecipeError) as raised:
+        check({"coordinates": "promille"})
+    assert (raised.value.key, raised.value.value) == ("rewards.named.boxes.parts[0].options.coordinates", "promille")
+    assert raised.value.mend == "give 'pixels' or 'thousandths'"
+    with pytest.raises(RecipeError) as raised:
+        check_rewards(_recipe(tmp_path, tasks={"train": [{"generator": "digits_sum", "reward": "grounding"}]}))
+    assert str(raised.value) == (
+        "tasks.train[0].reward = grounding: option 'coordinates' is missing; give 'pixels' or 'thousandths'; name it "
+        "with its options: rewards.named.my_grounding.parts=[{reward: grounding, options: {coordinates: ...}}], and "
+        "reward: my_grounding"
+    )
+
+
 @pytest.mark.parametrize("name", ["tiny_kimi", "moonshotai/Kimi-VL-A3B-Instruct"])
 def test_models_that_are_no_directory(tmp_path: Path, name: str) -> None:
     check_model(_recipe(tmp_path, policy={"model": name}))

@@ -90,6 +90,16 @@ def test_every_rlvlm_command(monkeypatch: pytest.MonkeyPatch) -> None:
             load_recipe(arguments.recipe, arguments.overrides)
 
 
+def test_what_it_says_about_cheating(folder: Path) -> None:
+    from rlvlm_rewards.check import check_reward
+
+    def failed(reward: str) -> set[str]:
+        return {found.check for found in check_reward(f"my_reward.py:{reward}", {}) if found.passed is False}
+
+    assert failed("close") == set()
+    assert "no credit: every option" in failed("judged") & failed("as_in_trl")
+
+
 def test_every_make_command() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)

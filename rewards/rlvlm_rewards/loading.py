@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Any
 
+from rlvlm_rewards.builtin import BUILT_IN
+from rlvlm_rewards.options import InvalidOption, with_options
 from rlvlm_rewards.plugins import PluginBroken, PluginNotFound, import_plugin, nearest
 from rlvlm_rewards.reward import Reward, wrap
-from rlvlm_rewards.visual import BUILT_IN
 
 GROUP = "rlvlm.rewards"
 
@@ -17,32 +18,48 @@ class RewardNotFound(LookupError):
 
 
 class InvalidReward(TypeError):
-    """Something stands under this name, but it cannot be imported or is no reward."""
+    """Something stands under this name, but it cannot be imported, is no reward, or does not take these options.
+
+    option: the option that is wrong, where it is one.
+    """
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
-def load_reward(name: str) -> Reward:
-    """The reward that `name` names.
+def load_reward(name: str, **options: Any) -> Reward:
+    """The reward that `name` names, with its options.
 
-    name: a built-in (`exact`, `number`, `choice`), an entry point of the group `rlvlm.rewards`, `package.module:attr`
-    or `path/to/file.py:attr` (relative to the working directory). `attr` may be dotted: `Class.method`.
+    name: a built-in (`exact`, `number`, `math`, ...), an entry point of the group `rlvlm.rewards`,
+    `package.module:attr` or `path/to/file.py:attr` (relative to the working directory). `attr` may be dotted:
+    `Class.method`. options: fields of a reward class, or keyword arguments of a reward function.
     Raises RewardNotFound (with the nearest name) or InvalidReward (with what is wrong and the mend).
     """
     place, colon, attribute = name.rpartition(":")
     try:
         found = _attribute(name, import_plugin(place), attribute) if colon else _named(name)
-        return wrap(name, found)
+        return wrap(name, with_options(found, options))
     except PluginNotFound as error:
         raise RewardNotFound(f"reward {name!r}: {error}") from error
+    except InvalidOption as error:
+        raise InvalidReward(f"reward {name!r}: {error}", error.option) from error
     except (PluginBroken, TypeError) as error:
         raise InvalidReward(f"reward {name!r}: {error}") from error
 
 
+def known_names() -> set[str]:
+    """The rewards that have a name: built-in ones and entry points."""
+    return {*BUILT_IN, *entry_points(group=GROUP).names}
+
+
 def _named(name: str) -> Any:
     if name in BUILT_IN:
-        return BUILT_IN[name]
+        place, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(import_plugin(place), attribute)
     plugins = entry_points(group=GROUP)
     if name not in plugins.names:
-        names = {*BUILT_IN, *plugins.names}
+        names = known_names()
         mend = f"name one of {sorted(names)}, `package.module:attr` or `path/to/file.py:attr`"
         raise RewardNotFound(f"reward {name!r} is not known{nearest(name, names)}; {mend}")
     try:

@@ -23,6 +23,9 @@ class Sample:
 
     completion: the response as text, without the end-of-turn token. answer: the reference answer.
     task: the id of the task. messages: the prompt. load_images: gives its pictures (PIL) when the reward wants them.
+    thinking: the prompt opened `<think>` itself, so a completion without `</think>` never came to an answer.
+    progress: share of the training that is done, 0 to 1, for rewards that get stricter; 1 is the strictest.
+    columns: other columns of the data's row.
     """
 
     completion: str
@@ -30,6 +33,9 @@ class Sample:
     task: str = ""
     messages: Sequence[Mapping[str, Any]] = ()
     load_images: Callable[[], list[Any]] = list
+    thinking: bool = False
+    progress: float = 1.0
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def images(self) -> list[Any]:

@@ -5,26 +5,46 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import inspect
 import math
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from rlvlm_rewards.records import Failure, Sample, Score
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-_INLINE = "_rlvlm_inline"
+Function = TypeVar("Function", bound=Callable[..., Any])  # a function or a class of callable instances
+_INLINE, _FORM, _BONUS, _KEEPS_TIME = "_rlvlm_inline", "_rlvlm_form", "_rlvlm_bonus", "_rlvlm_keeps_time"
 
 
 def inline(function: Function) -> Function:
-    """Marks a synchronous reward as cheap (microseconds) and never blocking: it runs in the event loop, with
-    neither a thread nor a time limit."""
+    """Marks a synchronous reward, a function or a class of them, as cheap (microseconds) and never blocking: it runs in
+    the event loop, with neither a thread nor a time limit."""
     setattr(function, _INLINE, True)
+    return function
+
+
+def form(function: Function) -> Function:
+    """Marks a reward of form: it does not say whether the answer is right, so a wrong answer may well get all of it."""
+    setattr(function, _FORM, True)
+    return function
+
+
+def bonus(function: Function) -> Function:
+    """Marks a reward that a composition pays only when the rest of it is right."""
+    setattr(function, _BONUS, True)
+    return function
+
+
+def keeps_time(function: Function) -> Function:
+    """Marks a reward that ends on its own, whatever the response: a limit from outside would make a failure of a slow
+    answer, which is wrong and has to count as wrong."""
+    setattr(function, _KEEPS_TIME, True)
     return function
 
 
@@ -39,7 +59,8 @@ class Kind(Enum):
 @dataclass(frozen=True, slots=True)
 class Reward:
     """A loaded reward. `await reward(sample)` gives a Score; what the function raises or returns wrongly becomes a
-    Failure.INFRASTRUCTURE whose detail names the reward and the place.
+    Failure.INFRASTRUCTURE whose detail names the reward and the place. `reward(prompts, completions, **columns)` gives
+    a list of values, None for a failure: a reward is a reward function of TRL as it is (see `trl.score_batch`).
 
     arguments: makes the call's positional and keyword arguments of a sample.
     unwrap: takes the value out of what came back.
@@ -51,7 +72,50 @@ class Reward:
     arguments: Callable[[Sample], tuple[tuple[Any, ...], Mapping[str, Any]]]
     unwrap: Callable[[Any], Any]
 
-    async def __call__(self, sample: Sample) -> Score:
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    @overload
+    def __call__(self, sample: Sample) -> Coroutine[Any, Any, Score]: ...
+
+    @overload
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]: ...  # TRL's
+
+    def __call__(self, *args: Any, **columns: Any) -> Any:
+        if len(args) == 1 and not columns:
+            return self.score(args[0])
+        if not args and set(columns) == {"sample"}:
+            return self.score(columns["sample"])
+        return self._batch(*args, **columns)
+
+    def _batch(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        from rlvlm_rewards.trl import score_batch  # it scores with this module's rewards
+
+        return score_batch(self, prompts, completions, columns)
+
+    @property
+    def is_form(self) -> bool:
+        return bool(getattr(self.function, _FORM, False))
+
+    @property
+    def is_bonus(self) -> bool:
+        return bool(getattr(self.function, _BONUS, False))
+
+    @property
+    def keeps_time(self) -> bool:
+        return bool(getattr(self.function, _KEEPS_TIME, False))
+
+    async def aclose(self) -> None:
+        """Gives back what the reward holds open, if anything; the next sample opens it anew."""
+        close = getattr(self.function, "aclose", None)
+        if close is not None:
+            await close()
+
+    async def score(self, sample: Sample) -> Score:
+        """Scores one response, without limits of time."""
         if self.kind is Kind.INLINE:
             return self.now(sample)
         if self.kind is Kind.THREAD:
@@ -97,12 +161,18 @@ def wrap(name: str, function: Callable[..., Any]) -> Reward:
     """Recognises the form of a reward function. Raises TypeError, with the mend, for what is none."""
     if inspect.isclass(function) or not callable(function):
         raise TypeError(f"{function!r:.100} is not a function; name a function, a static method or a callable instance")
-    parameters = inspect.signature(function).parameters
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-    is_inline = getattr(function, _INLINE, False) and not is_async
+    plain = function.func if isinstance(function, functools.partial) else function
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    parameters = {one: kind for one, kind in inspect.signature(function).parameters.items() if one not in bound}
+    is_async = inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__)
+    is_inline = getattr(plain, _INLINE, False) and not is_async
     kind = Kind.ASYNC if is_async else Kind.INLINE if is_inline else Kind.THREAD
     if "completions" in list(parameters)[:2]:
-        return Reward(name, function, kind, lambda sample: ((), _columns(sample, parameters)), _only_one)
+
+        def columns(sample: Sample) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+            return (), {key: column for key, column in _columns(sample, parameters).items() if key not in bound}
+
+        return Reward(name, function, kind, columns, _only_one)
     try:
         inspect.signature(function).bind(object())
     except TypeError as error:
@@ -117,6 +187,7 @@ def _columns(sample: Sample, parameters: Mapping[str, inspect.Parameter]) -> dic
     """TRL's keyword arguments for a batch of one. TRL gives chat messages when the prompt is a chat, else strings."""
     chat = bool(sample.messages)
     columns: dict[str, Any] = {
+        **{name: [value] for name, value in sample.columns.items()},
         "prompts": [list(sample.messages) if chat else ""],
         "completions": [[{"role": "assistant", "content": sample.completion}] if chat else sample.completion],
         "answer": [sample.answer],

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from rlvlm_rewards import Score
+from rlvlm_rewards.group import length_reward
 
 from rlvlm.recipe.schema import Length
 from rlvlm.records import Group
@@ -32,15 +33,6 @@ class Rewarded:
     group: Group
     reward_K: tuple[float | None, ...]
     advantage_K: tuple[float | None, ...]
-
-
-def length_reward(length_K: Sequence[int], correct_K: Sequence[bool]) -> list[float]:
-    """Section 2.3.3. Between -0.5 and 0.5; all 0 if every response has the same length."""
-    shortest, longest = min(length_K), max(length_K)
-    if shortest == longest:
-        return [0.0] * len(length_K)
-    lambda_K = [0.5 - (length - shortest) / (longest - shortest) for length in length_K]
-    return [value if correct else min(0.0, value) for value, correct in zip(lambda_K, correct_K, strict=True)]
 
 
 def length_weight(length: Length, iteration: int, correct_K: Sequence[bool]) -> float:

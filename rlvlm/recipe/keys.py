@@ -11,6 +11,7 @@ from typing import Any
 from rlvlm.recipe.schema import Recipe
 
 Path = Sequence[str | int]
+ANY_NAME = "NAME"  # stands for the names that a recipe gives itself, as in rewards.named.NAME.parts
 _CLOSE = 0.8  # of difflib's ratio: one letter wrong in five
 _SIMILAR = 0.6
 _MOST_SUGGESTIONS = 3
@@ -54,7 +55,8 @@ def _child(schema: dict[str, Any], part: str | int) -> dict[str, Any] | None:
     if isinstance(part, int):
         prefix = schema.get("prefixItems", ())
         return prefix[part] if part < len(prefix) else schema.get("items")
-    return schema.get("properties", {}).get(part, schema.get("additionalProperties") or None)
+    others = schema.get("additionalProperties") or None
+    return schema.get("properties", {}).get(part, {} if others is True else others)
 
 
 def schema_at(path: Path) -> dict[str, Any] | None:
@@ -72,7 +74,8 @@ def names(path: Path) -> list[str]:
 
 
 def all_keys() -> list[str]:
-    """Every key, dotted, sections before what they hold, elements of a list of sections as index 0."""
+    """Every key, dotted, sections before what they hold, elements of a list of sections as index 0, and of a
+    section of sections as NAME."""
     return [dotted(path) for path in _walk((), _document()) if path]
 
 
@@ -81,9 +84,9 @@ def _walk(path: tuple[str | int, ...], schema: dict[str, Any]) -> Iterator[tuple
     resolved = _resolved(schema)
     for name, child in resolved.get("properties", {}).items():
         yield from _walk((*path, name), child)
-    items = resolved.get("items")
-    if isinstance(items, dict) and "properties" in _resolved(items):
-        yield from _walk((*path, 0), items)
+    for part, held in ((0, resolved.get("items")), (ANY_NAME, resolved.get("additionalProperties"))):
+        if isinstance(held, dict) and "properties" in _resolved(held):
+            yield from _walk((*path, part), held)
 
 
 def expected(schema: dict[str, Any]) -> str:
@@ -108,8 +111,12 @@ def _expected(schema: dict[str, Any]) -> str:
             return _list(schema)
         case "object" if "properties" in schema:
             return f"a section ({_some(list(schema['properties']))})"
-        case _:
+        case "object" if schema["additionalProperties"] is True:
+            return "a section of names and values"
+        case "object":
             return f"a section of names and values, each {expected(schema['additionalProperties'])}"
+        case _:
+            return "any value"
 
 
 def one_of(choices: Sequence[Any]) -> str:
@@ -164,7 +171,9 @@ def kind(value: object) -> str:
 
 def fits(value: object, schema: dict[str, Any]) -> bool:
     """Whether the value has the schema's type (its bounds aside)."""
-    wanted = _resolved(schema)["type"]
+    wanted = _resolved(schema).get("type")
+    if wanted is None:  # an option of a reward: the reward knows
+        return True
     return isinstance(value, _TYPES[wanted]) and isinstance(value, bool) == (wanted == "boolean")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import get_args
+from typing import get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -36,28 +36,37 @@ def reference() -> str:
 
 
 def _sections(path: Path, section: type[Section]) -> Iterator[tuple[Path, type[Section]]]:
-    """(path, class) of every section, each before what it holds; elements of a list of sections as index 0."""
+    """(path, class) of every section, each before what it holds; elements of a list of sections as index 0, and of a
+    section of sections as NAME."""
     yield path, section
     for name, field in section.model_fields.items():
-        inner, is_list = _inner(field)
+        inner, part = _inner(field)
         if inner is not None:
-            yield from _sections((*path, name, 0) if is_list else (*path, name), inner)
+            yield from _sections((*path, name) if part is None else (*path, name, part), inner)
 
 
-def _inner(field: FieldInfo) -> tuple[type[Section] | None, bool]:
-    """The section that a key holds, if any, and whether it holds a list of them."""
+def _inner(field: FieldInfo) -> tuple[type[Section] | None, str | int | None]:
+    """The section that a key holds, if any, and under which part of the key where it holds several."""
     kinds = [field.annotation, *get_args(field.annotation)]
     inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-    return inner, inner is not field.annotation
+    if inner is None or inner is field.annotation:
+        return inner, None
+    return inner, keys.ANY_NAME if get_origin(field.annotation) is dict else 0
 
 
 def _part(path: Path, section: type[Section], title: str) -> str:
-    plain = {name: field for name, field in section.model_fields.items() if _inner(field)[1]}
+    plain = {name: field for name, field in section.model_fields.items() if _is_row(field)}
     rows = [_row(path, name, field) for name, field in plain.items()]
     heading = f"## `{title}`" if title else "## The recipe itself"
     return "\n".join(
         [heading, "", inspect.getdoc(section) or "", "", "| key | value | default |", "|---|---|---|", *rows, ""]
     )
+
+
+def _is_row(field: FieldInfo) -> bool:
+    """Whether the key has a value of its own, and not only keys below it."""
+    inner, part = _inner(field)
+    return inner is None or part is not None
 
 
 def _row(path: Path, name: str, field: FieldInfo) -> str:

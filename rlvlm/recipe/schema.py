@@ -4,8 +4,9 @@ recipe before anything heavy loads. A key that no code reads fails a test (tests
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -65,8 +66,9 @@ class Source(Section):
     """One source of tasks: a generator (`name`, `package.module:Class`, `path/to/file.py:Class`) or a data set.
 
     dataset: a .parquet, .json, .jsonl or .csv file, a folder of pictures (with metadata.csv or .jsonl), or a hub id.
-    weight: its share of the mix. levels: the levels that a generator draws. reward: needed for a data set; a generator
-    brings its own verifier and uses `reward` only to override it.
+    weight: its share of the mix. levels: the levels that a generator draws. reward: one of `rewards.named`, a built-in,
+    `package.module:attr` or `path/to/file.py:attr`; needed for a data set, while a generator brings its own verifier
+    and uses `reward` only to override it.
     """
 
     generator: Text | None = None
@@ -203,13 +205,43 @@ class Learner(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
 
 
+class Part(Section):
+    """One reward of a composition. reward: a built-in, `package.module:attr`, `path/to/file.py:attr` or an entry point.
+    weight: its share; only the ratios count. options: the reward's own (rewards/README.md has those of the built-in
+    ones)."""
+
+    reward: Text
+    weight: PositiveFloat = 1.0
+    options: dict[str, Any] = {}
+
+
+class Named(Section):
+    """A reward of this recipe, which a source names by `reward`: the weighted mean of its parts, or one reward with
+    options. A part that fails makes the whole fail; `tool_bonus` is paid only when the rest is right.
+
+    timeout_s, concurrency: null is what `rewards` says.
+    """
+
+    parts: tuple[Part, ...] = Field(min_length=1)
+    timeout_s: PositiveFloat | None = None
+    concurrency: PositiveInt | None = None
+
+
 class Rewards(Section):
-    """Scoring. timeout_s: per sample. retries: of a failure (never of a wrong answer). max_failures: the run stops when
-    a larger share of an iteration's samples could not be scored."""
+    """Scoring. timeout_s: per sample and attempt; math, code, judge and what is put together with them keep time
+    themselves, and have this limit only where `named` gives it. concurrency: how many samples each reward scores at a
+    time. retries: of a failure (never of a wrong answer), after waits that double. max_failures: the run stops when a
+    larger share of an iteration's samples could not be scored. named: rewards put together here.
+
+    While a run goes on, the file `rewards.yaml` in its folder, with lines like `judge: {timeout_s: 60, concurrency:
+    16}`, overrides timeout_s and concurrency of the rewards that it names, as soon as it changes.
+    """
 
     timeout_s: PositiveFloat = 10.0
+    concurrency: PositiveInt = 64
     retries: NonNegativeInt = 1
     max_failures: Fraction = 0.5
+    named: dict[str, Named] = {}
 
 
 class Parity(Section):
@@ -263,7 +295,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         """What no single key can tell. Raises RecipeError (pydantic passes it on as it is) with all that is wrong."""
-        checks = (_check_stages, _check_sources, _check_held_out, _check_batches, _check_lengths, _check_tiny)
+        checks = (
+            _check_stages,
+            _check_sources,
+            _check_names,
+            _check_held_out,
+            _check_batches,
+            _check_lengths,
+            _check_tiny,
+        )
         errors = [error for check in checks for error in check(self)]
         if errors:
             raise RecipeError.of(errors)
@@ -315,6 +355,13 @@ def _check_dataset(key: str, source: Source) -> Iterator[RecipeError]:
     if source.levels is not None:
         mend = f"leave it out; {key}.columns.level names the column with the level"
         yield RecipeError(f"{key}.levels", source.levels, "levels are what a generator draws", mend)
+
+
+def _check_names(recipe: Recipe) -> Iterator[RecipeError]:
+    for name in recipe.rewards.named:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            mend = "give letters, digits, `_` and `-`, starting with a letter or a digit"
+            yield RecipeError("rewards.named", name, "not a valid name", mend)
 
 
 def _check_held_out(recipe: Recipe) -> Iterator[RecipeError]:

@@ -230,19 +230,19 @@ def _rl_charts(run: Run) -> list[Chart]:
         Chart("Gradient norm", (line("grad_norm"),), floor=0.0),
         Chart("Loss", (line("loss"),), "squared surrogate"),
         Chart("Mean level", (line("mean_level"),), "of the sampled tasks", floor=1.0),
-        *_success_charts(run),
+        *_keyed_charts(run, "reward/", "Parts of the reward", "mean over the responses that have it"),
+        *_keyed_charts(run, "success_rate/", "Success rate", "as the sampler tracks it", percent=True),
         *([clipped] if any(clipped.lines[0].ys) else []),
     ]
 
 
-def _success_charts(run: Run) -> list[Chart]:
-    keys = sorted({key for r in run.rl for key in r if key.startswith("success_rate/")})[:MOST_LINES]
+def _keyed_charts(run: Run, prefix: str, title: str, note: str, percent: bool = False) -> list[Chart]:
+    """One chart with a line for each key that starts with `prefix`, where there is any."""
+    keys = sorted({key for r in run.rl for key in r if key.startswith(prefix)})[:MOST_LINES]
     if not keys:
         return []
-    lines = [
-        _line(run.rl, "iteration", key, key.removeprefix("success_rate/"), f"c{i % 6}") for i, key in enumerate(keys)
-    ]
-    return [Chart("Success rate", tuple(lines), "as the sampler tracks it", percent=True)]
+    lines = [_line(run.rl, "iteration", key, key.removeprefix(prefix), f"c{i % 6}") for i, key in enumerate(keys)]
+    return [Chart(title, tuple(lines), note, percent=percent)]
 
 
 def _sft_charts(run: Run) -> list[Chart]:

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlvlm_rewards import Score
+
 from rlvlm.learner.learner import Parity
 from rlvlm.learner.objective import Rewarded, length_weight, success
 from rlvlm.recipe.schema import Length
@@ -21,7 +23,8 @@ def iteration_record(
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """reward: mean of what is trained on; reward_std: mean over groups of the standard deviation within the group;
-    accuracy: share of correct among scored responses; length_reward: share of groups that it applied to."""
+    accuracy: share of correct among scored responses; length_reward: share of groups that it applied to; reward/<part>:
+    mean of a part of the rewards over the responses that have it."""
     trajectories = [trajectory for one in rewarded for trajectory in one.group.trajectories]
     lengths = [trajectory.length for trajectory in trajectories]
     counts = [success(one.group.scores) for one in rewarded]
@@ -41,6 +44,7 @@ def iteration_record(
         "mean_level": statistics.fmean([one.group.task.level for one in rewarded]),
         "length_reward": statistics.fmean(penalised) if penalised else 0.0,
         "failures": len(trajectories) - scored,
+        **_part_means([score for one in rewarded for score in one.group.scores]),
         **learned,
         "parity/max": parity.max,
         "parity/mean": parity.mean,
@@ -49,4 +53,12 @@ def iteration_record(
         "tokens_per_s": sum(lengths) / wall,
         **{f"seconds/{part}": value for part, value in seconds.items()},
         "seconds/iteration": wall,
+    }
+
+
+def _part_means(scores: Sequence[Score]) -> dict[str, float]:
+    parts = dict.fromkeys(part for score in scores for part in score.parts)
+    return {
+        f"reward/{part}": statistics.fmean(score.parts[part] for score in scores if part in score.parts)
+        for part in parts
     }

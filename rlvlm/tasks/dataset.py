@@ -67,6 +67,7 @@ class Row:
     level: int
     chain: str | None
     pictures: tuple[Encoded, ...]
+    others: Mapping[str, Any]
 
     @property
     def identity(self) -> bytes:
@@ -168,7 +169,8 @@ def _local(source: Source, key: str) -> Path | None:
 
 
 def _load(source: Source, key: str) -> Any:
-    """A `datasets.Dataset` of the columns in use, giving raw values: pictures stay encoded."""
+    """A `datasets.Dataset` of the columns in use and of those that a reward may want, giving raw values: pictures stay
+    encoded."""
     check(source, key)
     import datasets  # slow to import: only when a data set is drawn
     import pyarrow as pa
@@ -183,7 +185,18 @@ def _load(source: Source, key: str) -> Any:
         raise EmptyDataError(
             f"{key}.dataset", source.dataset, f"the split {source.split!r} has no rows", "give more data"
         )
-    return table.select_columns(list(dict.fromkeys(_columns(source).values()))).with_format("arrow")
+    used = _columns(source).values()
+    others = [field.name for field in table.features.arrow_schema if not _holds_bytes(field.type)]
+    return table.select_columns(list(dict.fromkeys([*used, *others]))).with_format("arrow")
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether values of this Arrow type hold something encoded: a picture, a sound."""
+    import pyarrow as pa
+
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return True
+    return any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def _open(source: Source, path: Path | None, datasets: Any) -> Any:
@@ -336,7 +349,9 @@ def _read_row(table: Any, index: int, source: Source, key: str) -> Row:
     if IMAGE_MARK in prompt and prompt.count(IMAGE_MARK) != len(pictures):
         problem = f"has {prompt.count(IMAGE_MARK)} {IMAGE_MARK} in its prompt and {len(pictures)} pictures"
         raise bad("prompt", problem, f"write {IMAGE_MARK} once for each picture, or not at all")
-    return Row(index, prompt, str(answer), level, chain, pictures)
+    named = set(_columns(source).values())
+    others = {column: value for column, value in cells.items() if column not in named}
+    return Row(index, prompt, str(answer), level, chain, pictures, others)
 
 
 def _as_level(value: object) -> int | None:
@@ -379,6 +394,7 @@ def _task(row: Row, table: Any, source: Source, store: ImageStore, task_id: str,
         level=row.level,
         source=name_of(source),
         chains=chains,
+        columns=row.others,
     )
 
 

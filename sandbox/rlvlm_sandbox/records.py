@@ -1,13 +1,18 @@
-"""What a run may use (`Limits`) and what came of it (`Run`)."""
+"""What a run may use (`Limits`), what came of it (`Run`), and what a backend is asked for (`Program`)."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+Profile = Literal["judge", "tool"]
 
 
 class SandboxUnavailable(RuntimeError):
-    """This machine does not allow what the backend needs; the message says what."""
+    """No backend holds on this machine; the message gives the reason for each."""
 
 
 class Outcome(StrEnum):
@@ -24,30 +29,50 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one run may use; the defaults are for judging a program. Raises ValueError for what is not positive.
+    """What one run may use; None takes the profile's (`PROFILES`). Raises ValueError for what is not positive.
 
     wall_s, cpu_s: seconds; CPU time counts per process and is rounded up to a whole second.
-    memory_bytes: address space of each process; with `fork` also the resident memory of all processes together.
-    processes: processes and threads at one time. fork: whether processes may be started (threads always may).
+    memory_bytes: what each process may map beyond the interpreter; where processes may be started also the resident
+    memory of all of them together. processes: processes and threads at one time.
     output_bytes: of stdout and of stderr, each. file_bytes: of any one file.
     tmp_bytes, inodes: of /tmp, the only writable place. open_files: descriptors of each process.
     """
 
-    wall_s: float = 10.0
-    cpu_s: float = 10.0
-    memory_bytes: int = 1 << 30
-    processes: int = 16
-    fork: bool = False
-    output_bytes: int = 1 << 20
-    file_bytes: int = 16 << 20
-    tmp_bytes: int = 32 << 20
-    inodes: int = 2048
-    open_files: int = 64
+    wall_s: float | None = None
+    cpu_s: float | None = None
+    memory_bytes: int | None = None
+    processes: int | None = None
+    output_bytes: int | None = None
+    file_bytes: int | None = None
+    tmp_bytes: int | None = None
+    inodes: int | None = None
+    open_files: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "fork" and not value > 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"Limits.{name} is {value}; a run needs some: give more than 0")
+
+    def over(self, defaults: Limits) -> Limits:
+        """These limits, and `defaults` where these say None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Limits(**{n: getattr(defaults, n) if value is None else value for n, value in values.items()})
+
+
+_MIB = 1 << 20
+# judge: a program that is judged; starts no process and executes no file. tool: a program that works for the user.
+PROFILES: Mapping[Profile, Limits] = MappingProxyType(
+    {
+        "judge": Limits(
+            wall_s=10, cpu_s=10, memory_bytes=1024 * _MIB, processes=16, output_bytes=_MIB,
+            file_bytes=16 * _MIB, tmp_bytes=32 * _MIB, inodes=2048, open_files=64,
+        ),
+        "tool": Limits(
+            wall_s=30, cpu_s=30, memory_bytes=2048 * _MIB, processes=32, output_bytes=_MIB,
+            file_bytes=64 * _MIB, tmp_bytes=256 * _MIB, inodes=8192, open_files=256,
+        ),
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +81,9 @@ class Run:
 
     exit_code: the exit status, minus the signal's number if a signal ended it, None if the sandbox did.
     stdout, stderr: what was written, up to `output_bytes` each. truncated: whether anything was cut off.
-    wall_s: from the set-up of the namespaces to the death of the last process. cpu_s: of all processes.
-    peak_rss_bytes: of the largest process; at least that of the sandbox's own init (about 10 MB).
-    detail: what went wrong, for SANDBOX_ERROR.
+    wall_s: from the start of the process to its death, set-up of its walls included. cpu_s: of all its processes.
+    peak_rss_bytes: of its largest process; at least that of the fork server's, whose pages it starts with.
+    backend: which backend ran it. detail: what went wrong, for SANDBOX_ERROR.
     """
 
     outcome: Outcome
@@ -71,3 +96,32 @@ class Run:
     peak_rss_bytes: int
     backend: str
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a backend runs. limits: all of them given. channel: a descriptor of ours that the program finds as its
+    descriptor 3 (a socket to whoever works with it); the caller keeps and closes its own copy.
+    """
+
+    code: bytes
+    limits: Limits
+    stdin: bytes = b""
+    profile: Profile = "judge"
+    language: str = "python"
+    channel: int | None = None
+
+
+class Backend(Protocol):
+    """One way to run a program behind walls. `run` never raises for what the program does: that is an Outcome."""
+
+    name: str
+
+    async def start(self) -> None:
+        """Makes ready, and runs the canary. Raises SandboxUnavailable with the reason where it does not hold here."""
+
+    async def run(self, program: Program) -> Run:
+        """Runs it to its end; nothing of it is left then. Cancelling ends the program too."""
+
+    async def stop(self) -> None:
+        """Ends what is running and leaves nothing."""

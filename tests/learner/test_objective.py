@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlvlm_rewards import Failure, Score
+from rlvlm_rewards.group import length_reward
 
-from rlvlm.learner.objective import length_reward, length_weight, reward_group, surrogate
+from rlvlm.learner.objective import length_weight, reward_group, surrogate
 from rlvlm.recipe.schema import Length
 from rlvlm.records import Group, Segment, StopReason, Task, Trajectory
 

@@ -179,6 +179,8 @@ def rl_record(i: int, p: float, rng: random.Random) -> dict[str, object]:
         "mean_level": min(3.0, 1.2 + 0.18 * i),
         "tokens": int(256 * length),
         "tokens_per_s": 256 * length / 5.8,
+        "reward/format": min(1.0, accuracy + 0.02),
+        "reward/number": accuracy - 0.01,
         "success_rate/digit_sum": accuracy - 0.06,
         "success_rate/largest_digit": accuracy + 0.07,
         **timed,

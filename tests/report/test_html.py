@@ -105,12 +105,14 @@ def test_every_curve_that_was_asked_for_carries_the_run_s_numbers(copy: Path) ->
     wanted = {
         "Reward": "reward", "Accuracy": "accuracy", "Chain length": "completions/mean_length", "KL": "kl",
         "Entropy": "entropy", "Parity": "parity/max", "Expert load, entropy": "load/entropy",
-        "Expert load, max/mean": "load/max_mean", "Gradient norm": "grad_norm",
+        "Expert load, max/mean": "load/max_mean", "Gradient norm": "grad_norm", "Parts of the reward": "reward/format",
+        "Success rate": "success_rate/digit_sum",
     }  # fmt: skip
     records = MetricsLog(copy / "metrics.jsonl").read()
     for title, key in wanted.items():
         expected = [[r["iteration"], r[key]] for r in records if r["stage"] == "rl"]
         assert [point[:2] for point in charts[title]["lines"][0]["points"]] == expected, title
+    assert [line["name"] for line in charts["Parts of the reward"]["lines"]] == ["format", "number"]
     losses = [[r["step"], r["loss"]] for r in records if r["stage"] == "sft"]
     assert [point[:2] for point in charts["SFT loss"]["lines"][0]["points"]] == losses
     parity = charts["Parity"]["lines"][0]["points"]

@@ -97,3 +97,21 @@ def test_a_group_without_any_score_does_not_count_in_the_deviation():
     assert record["reward_std"] == pytest.approx(0.5)
     assert record["failures"] == 2
     assert record["length_reward"] == 1.0
+
+
+def test_means_of_the_parts_of_the_reward():
+    one, other = _rewarded(1, (5, False, 1.0, 1.0), (5, False, 0.5, 0.5)), _rewarded(1, (5, False, None, None))
+    scores = (
+        Score(value=1.0, parts={"grounding": 1.0, "format": 0.0}),
+        Score(value=0.5, parts={"grounding": 0.25, "format": 0.5}),
+    )
+    alone = (Score(value=0.5, parts={"format": 1.0, "format/tags": 0.5}),)
+    record = _record(
+        [
+            Rewarded(Group(one.group.task, one.group.trajectories, scores), one.reward_K, one.advantage_K),
+            Rewarded(Group(other.group.task, other.group.trajectories, alone), (0.5,), (0.0,)),
+            _rewarded(1, (5, False, None, None)),  # a failure has no parts
+        ]
+    )
+    parts = {key: value for key, value in record.items() if key.startswith("reward/")}
+    assert parts == {"reward/grounding": 0.625, "reward/format": 0.5, "reward/format/tags": 0.5}

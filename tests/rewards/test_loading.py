@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rlvlm_rewards import Failure, InvalidReward, RewardNotFound, Sample, Score, load_reward
+from rlvlm_rewards.reward import Kind
 
 SAMPLE = Sample(completion="abcd", answer="ab", task="row-7")
 
 PLUGIN = """
 import asyncio
-from rlvlm_rewards import Sample, Score
+from dataclasses import dataclass
+from typing import Literal
+from rlvlm_rewards import Sample, Score, inline
 
 LOADS = []
 LOADS.append(1)
@@ -44,6 +48,46 @@ def none_batch(prompts, completions):
 
 def two_batch(prompts, completions):
     return [1.0, 1.0]
+
+def scaled(sample, factor, offset=0.0):
+    return factor * len(sample.answer) + offset
+
+async def async_scaled(sample, factor=0.0):
+    return factor
+
+def batch_scaled(prompts, completions, answer, factor=0.5, **columns):
+    return [factor for c in completions]
+
+@inline
+def inline_scaled(sample, factor):
+    return factor
+
+def with_columns(prompts, completions, shade, **columns):
+    return [float(s == 3 and columns["hue"] == [4]) for s in shade]
+
+@dataclass(frozen=True)
+class Close:
+    factor: float
+    mode: Literal["linear", "square"] = "linear"
+    limit: int | None = None
+    table: tuple = ()
+
+    def __post_init__(self):
+        if self.factor > 1:
+            raise ValueError(f"factor is {self.factor}; give at most 1")
+
+    def __call__(self, sample):
+        return self.factor if self.mode == "linear" else self.factor**2
+
+@inline
+@dataclass(frozen=True)
+class Cheap:
+    def __call__(self, sample):
+        return 0.5
+
+@dataclass
+class NoReward:
+    factor: float = 0.5
 
 class Family:
     class Inner:
@@ -105,6 +149,81 @@ def judge(name: str, sample: Sample = SAMPLE) -> Score:
 )
 def test_forms_in_a_file(plugin: Path, attr: str, value: float) -> None:
     assert judge(f"{plugin}:{attr}").value == value
+
+
+@pytest.mark.parametrize(
+    ("attr", "options", "value"),
+    [
+        ("scaled", {"factor": 0.25}, 0.5),
+        ("scaled", {"factor": 0.25, "offset": 0.125}, 0.625),
+        ("async_scaled", {"factor": 0.75}, 0.75),
+        ("batch_scaled", {}, 0.5),
+        ("batch_scaled", {"factor": 0.25}, 0.25),
+        ("inline_scaled", {"factor": 0.25}, 0.25),
+        ("Close", {"factor": 0.5}, 0.5),
+        ("Close", {"factor": 1}, 1.0),  # a whole number where any number may stand
+        ("Close", {"factor": 0.5, "mode": "square", "limit": 3}, 0.25),
+        ("Cheap", {}, 0.5),
+    ],
+)
+def test_options(plugin: Path, attr: str, options: dict[str, Any], value: float) -> None:
+    assert asyncio.run(load_reward(f"{plugin}:{attr}", **options)(SAMPLE)).value == value
+
+
+def test_where_a_reward_with_options_runs(plugin: Path) -> None:
+    kinds = {
+        attr: load_reward(f"{plugin}:{attr}", **options).kind
+        for attr, options in (
+            ("Cheap", {}),
+            ("Close", {"factor": 0.5}),
+            ("scaled", {"factor": 0.25}),
+            ("inline_scaled", {"factor": 0.25}),
+            ("async_scaled", {"factor": 0.25}),
+        )
+    }
+    assert kinds == {
+        "Cheap": Kind.INLINE,
+        "Close": Kind.THREAD,
+        "scaled": Kind.THREAD,
+        "inline_scaled": Kind.INLINE,
+        "async_scaled": Kind.ASYNC,
+    }
+
+
+@pytest.mark.parametrize(
+    ("attr", "options", "option", "said"),
+    [
+        ("scaled", {"fctor": 0.25}, "fctor", "has no option 'fctor'; did you mean 'factor'?; it has factor, offset"),
+        ("scaled", {"sample": 1}, "sample", "has no option 'sample'"),
+        ("batch", {"answer": []}, "", ""),  # a column may be given once and for all
+        ("plain", {"factor": 1}, "factor", "has no option 'factor'; it has none"),
+        ("Close", {}, "factor", "option 'factor' is missing; give a number"),
+        ("Close", {"factor": "0.5"}, "factor", "factor is '0.5'; give a number"),
+        ("Close", {"factor": True}, "factor", "factor is True; give a number"),
+        ("Close", {"factor": 2.0}, "factor", "factor is 2.0; give at most 1"),
+        ("Close", {"factor": 0.5, "mode": "cubic"}, "mode", "mode is 'cubic'; give 'linear' or 'square'"),
+        ("Close", {"factor": 0.5, "limit": 1.5}, "limit", "limit is 1.5; give a whole number or null"),
+        ("Close", {"factor": 0.5, "limt": 1}, "limt", "did you mean 'limit'"),
+        ("NoReward", {}, None, "make it a dataclass whose fields are options and whose __call__(self, sample) scores"),
+        ("LOADS", {"factor": 1}, None, "is not a function"),
+        ("scaled", {}, None, "(sample, factor, offset=0.0)"),
+    ],
+)
+def test_options_that_do_not_fit(
+    plugin: Path, attr: str, options: dict[str, Any], option: str | None, said: str
+) -> None:
+    if not said:
+        load_reward(f"{plugin}:{attr}", **options)
+        return
+    with pytest.raises(InvalidReward) as caught:
+        load_reward(f"{plugin}:{attr}", **options)
+    assert said in str(caught.value) and f"{plugin}:{attr}" in str(caught.value)
+    assert caught.value.option == option
+
+
+def test_a_batch_function_gets_the_row_s_columns(plugin: Path) -> None:
+    sample = Sample(completion="a", answer="b", columns={"shade": 3, "hue": 4})
+    assert judge(f"{plugin}:with_columns", sample).value == 1.0
 
 
 def test_parts_of_a_score_are_kept(plugin: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rlvlm_rewards import Failure, Reward, Sample, Score, inline, load_reward, score, score_all
-from rlvlm_rewards.reward import wrap
+from rlvlm_rewards import Failure, Limits, Reward, Sample, Score, inline, load_reward, score, score_all
+from rlvlm_rewards.compose import Part, compose
+from rlvlm_rewards.reward import keeps_time, wrap
+from rlvlm_rewards.scoring import _wait_s
 
 SAMPLE = Sample(completion="12", answer="12", task="row-7")
 
@@ -40,6 +43,72 @@ def test_failures_are_retried_and_then_stay_failures(
     result = asyncio.run(score(wrap("flaky", flaky), SAMPLE, timeout_s=5, retries=retries))
     assert flaky.calls == calls and result.value == value
     assert result.failure is (Failure.INFRASTRUCTURE if value is None else None)
+
+
+def test_waits_double_up_to_a_limit_and_vary() -> None:
+    waits = [[_wait_s(tried) for _ in range(200)] for tried in range(12)]
+    for tried, those in enumerate(waits):
+        most = min(10.0, 0.1 * 2**tried)
+        assert most / 2 <= min(those) < max(those) <= most
+        assert max(those) - min(those) > most / 4  # those who failed together do not come back together
+
+
+def test_a_retry_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("rlvlm_rewards.scoring.asyncio.sleep", sleep)
+    result = asyncio.run(score(wrap("flaky", Flaky(3)), SAMPLE, timeout_s=5, retries=3))
+    assert result.value == 0.5 and len(waits) == 3
+    assert all(0.05 * 2**tried <= wait <= 0.1 * 2**tried for tried, wait in enumerate(waits))
+
+
+def test_a_user_s_random_numbers_stay_as_they_were() -> None:
+    random.seed(5)
+    state = random.getstate()
+    asyncio.run(score(wrap("flaky", Flaky(1)), SAMPLE, timeout_s=5, retries=1))
+    assert random.getstate() == state
+
+
+@keeps_time
+class Patient:
+    """Ends on its own, later than a limit of 0.05 s."""
+
+    async def __call__(self, sample: Sample) -> float:
+        await asyncio.sleep(0.2)
+        return 1.0
+
+
+def test_a_reward_that_keeps_time_itself_has_no_limit_but_its_own() -> None:
+    patient = wrap("patient", Patient())
+    mix = compose("mix", [Part(patient), Part(load_reward("format"))])
+    for reward, value in ((patient, 1.0), (mix, 0.5)):
+        assert asyncio.run(score(reward, SAMPLE, timeout_s=0.05, retries=0)).value == value
+    limits = Limits(timeout_s=0.05, retries=0)
+    (limited,) = asyncio.run(score_all([(patient, SAMPLE)], limits_of=lambda reward: limits))
+    assert limited.failure is Failure.TIMEOUT  # unless it is said for this very reward
+
+
+def test_each_reward_has_its_own_limits() -> None:
+    most = {"narrow": 0, "wide": 0}
+    running = {"narrow": 0, "wide": 0}
+
+    def reward(name: str) -> Reward:
+        async def function(sample: Sample) -> float:
+            running[name] += 1
+            most[name] = max(most[name], running[name])
+            await asyncio.sleep(0.01)
+            running[name] -= 1
+            return 1.0
+
+        return wrap(name, function)
+
+    limits = {"narrow": Limits(concurrency=2), "wide": Limits(concurrency=9)}
+    rewards = [reward("narrow"), reward("wide")]
+    asyncio.run(score_all([(one, SAMPLE) for one in rewards * 20], limits_of=lambda one: limits[one.name]))
+    assert most == {"narrow": 2, "wide": 9}
 
 
 def test_an_unparsable_reference_is_not_retried() -> None:
@@ -136,7 +205,7 @@ def test_many_scores_keep_the_order_and_the_failures_and_the_bound() -> None:
     def threaded(sample: Sample) -> float:
         return int(sample.completion) / 100
 
-    rewards = [wrap("uneven", uneven), wrap("threaded", threaded), load_reward("number_no_think")]
+    rewards = [wrap("uneven", uneven), wrap("threaded", threaded), load_reward("number")]
     pairs = [(rewards[i % 3], Sample(completion=str(i), answer=str(i - i % 2))) for i in range(90)]
     scores = asyncio.run(score_all(pairs, timeout_s=5, retries=0, concurrency=4))
     for i, result in enumerate(scores):

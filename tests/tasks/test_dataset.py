@@ -196,6 +196,25 @@ def test_levels_chains_lists_of_pictures_and_marks(tmp_path: Path, store: ImageS
         assert task.chains == {"medium": Chain(f"look {row}")}
 
 
+def test_other_columns_go_to_the_reward_but_nothing_encoded(tmp_path: Path, store: ImageStore) -> None:
+    rows = [
+        {
+            "prompt": f"q {i}",
+            "answer": "1",
+            "image": png(i),
+            "iou": i / 2,
+            "box": [1, i],
+            "raw": b"\x00",
+            "thumb": [png(i)],
+        }
+        for i in range(20)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for task in draw_pool([source_of(tmp_path / "rows.parquet", WITH_IMAGE)], 10, 0, "train", store):
+        row = int(task.id[-5:])
+        assert task.columns == {"iou": row / 2, "box": [1, row]}
+
+
 def test_text_only_rows_and_csv_answers_stay_as_written(tmp_path: Path, store: ImageStore) -> None:
     path = tmp_path / "facts.csv"
     path.write_text(

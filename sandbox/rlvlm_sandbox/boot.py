@@ -1,0 +1,131 @@
+"""What the interpreter of a one-process run does first; sent to it as text, never imported.
+
+It builds the last of its walls, says that it is there, then runs the code as `python main.py` would. All of it is in
+every run's time, so that it imports little: `posix` is what `os` is made of, `_ctypes` what `ctypes` is.
+
+With walls it is pid 1 of its namespace and becomes two processes: init, which reaps, reports the program's exit status
+and takes everything else with it; and the program. Nothing inside can look into init, and no signal reaches it.
+"""
+
+
+def boot(order):
+    import posix
+    import resource
+
+    if order["walls"]:
+        install_filter = enclose(**order["walls"])
+        fork_from_init(order["ready"])
+    code = b"" if order["argv"] else take_code(order["code"], order["file"])
+    if order["channel"] is not None:
+        posix.dup2(order["channel"], 3)
+    # After the interpreter's start: by the stack's limit every thread would map as much.
+    limit(order["limits"], resource)
+    posix.write(order["ready"], b".")
+    posix.closerange(3 if order["channel"] is None else 4, 1 << 16)
+    if order["walls"]:
+        install_filter()
+    if order["argv"]:
+        posix.execv(order["argv"][0], order["argv"])
+    run(code, order["file"], order["packages"])
+
+
+def enclose(filter, inodes):
+    """Uses up the capabilities that were left to it. Returns what puts the seccomp filter on the caller."""
+    import _ctypes
+    import posix
+
+    class Function(_ctypes.CFuncPtr):
+        _flags_ = _ctypes.FUNCFLAG_CDECL
+
+    libc = _ctypes.dlopen(None, 0)
+
+    def call(name, *arguments):
+        if Function(_ctypes.dlsym(libc, name))(*arguments) != 0:
+            raise OSError(f"{name}{arguments} failed")
+
+    remount, nosuid, nodev = 32, 2, 4
+    call("mount", None, b"/tmp", None, remount | nosuid | nodev, b"nr_inodes=%d" % inodes)
+    set_dumpable, set_seccomp, drop_from_bounding_set, ambient = 4, 22, 24, 47
+    for capability in (21, 8):  # CAP_SYS_ADMIN, CAP_SETPCAP
+        call("prctl", drop_from_bounding_set, capability, 0, 0, 0)
+    call("prctl", ambient, 4, 0, 0, 0)  # clear all
+    call("capset", (0x20080522).to_bytes(4, "little") + bytes(4), bytes(24))
+    call("prctl", set_dumpable, 0, 0, 0, 0)
+    program = posix.pread(filter, 1 << 16, 0)
+
+    def install():
+        address = id(program) + bytes.__basicsize__ - 1
+        pointer = (len(program) // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
+        call("prctl", set_dumpable, 1, 0, 0, 0)
+        call("prctl", set_seccomp, 2, pointer, 0, 0)
+
+    return install
+
+
+def fork_from_init(ready):
+    """Returns in the program."""
+    import _signal
+    import posix
+
+    interrupt = _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    child = posix.fork()
+    if child == 0:
+        _signal.signal(_signal.SIGINT, interrupt)
+        posix.setsid()
+        return
+    posix.closerange(0, ready)
+    posix.closerange(ready + 1, 1 << 16)
+    while True:
+        pid, status = posix.wait()
+        if pid == child:
+            posix.write(ready, b"%d" % posix.waitstatus_to_exitcode(status))
+            posix._exit(0)
+
+
+def take_code(fd, file):
+    """Also writes it to its file, for tracebacks and `inspect`, unless it is huge."""
+    with open(fd, "rb", closefd=False) as stream:
+        code = stream.read()
+    if len(code) <= 1 << 20:
+        with open(file, "wb") as stream:
+            stream.write(code)
+    return code
+
+
+def limit(limits, resource):
+    with open("/proc/self/statm") as stream:
+        mapped = int(stream.read().split()[0]) * resource.getpagesize()
+    for name, soft, hard in limits:
+        kind = getattr(resource, name)
+        soft, hard = (limit + mapped if name == "RLIMIT_AS" else limit for limit in (soft, hard))
+        ceiling = resource.getrlimit(kind)[1]
+        if ceiling != resource.RLIM_INFINITY:
+            soft, hard = min(soft, ceiling), min(hard, ceiling)
+        resource.setrlimit(kind, (soft, hard))
+
+
+def run(code, file, packages):
+    import _sitebuiltins
+    import builtins
+    import sys
+
+    sys.argv[:] = [file]
+    sys.path[:0] = [file.rpartition("/")[0]]
+    sys.path += packages
+    for name in ("exit", "quit"):  # all of `site` that programs use
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+    main = sys.modules["__main__"].__dict__
+    for name in ("boot", "enclose", "fork_from_init", "take_code", "limit", "run"):
+        del main[name]
+    main.update(__doc__=None, __file__=file)
+    try:
+        exec(compile(code, file, "exec", dont_inherit=True), main)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        inside = error.__traceback__.tb_next
+        try:
+            sys.excepthook(type(error), error.with_traceback(inside), inside)
+        except BaseException as second:
+            sys.stderr.buffer.raw.write(type(second).__name__.encode() + b"\n")
+        sys.exit(1)

@@ -1,0 +1,264 @@
+"""One process per run: starts it, collects what it writes, keeps its time and memory, and ends all of it.
+
+What the backends `bubblewrap` and `unsafe-subprocess` have in common.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlvlm_sandbox.outcomes import run_of
+from rlvlm_sandbox.records import Limits, Program, Run
+from rlvlm_sandbox.server import resident_bytes
+
+_TICK_S = 0.02  # how often memory and processes are looked at
+_GRACE_S = 10.0  # for what was killed to be gone
+_STACK_BYTES = 64 << 20  # 50,000 honest frames of recursion through C
+_PIPE_BYTES = 1 << 20  # so that a program does not stand still where our event loop does
+_LONGEST_FILE = 1 << 20
+_BOOT = Path(__file__).with_name("boot.py").read_text()
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What the interpreter does before the program. file: what the code is, to itself. packages: for sys.path.
+    argv: executed in its place, where the language is another. processes: RLIMIT_NPROC, None where it would count what
+    else the user runs. mapped: whether memory is limited by what a process maps. seccomp: a descriptor of the filter,
+    for pid 1 of a pid namespace; without it there are no walls.
+    """
+
+    file: str = "/tmp/main.py"
+    packages: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
+    processes: int | None = None
+    mapped: bool = True
+    seccomp: int | None = None
+
+    def arguments(self, program: Program, code: int, ready: int) -> list[str]:
+        """The interpreter's own. code, ready: descriptors; see `Command`."""
+        limits = program.limits
+        walls = None if self.seccomp is None else {"filter": self.seccomp, "inodes": limits.inodes}
+        order = {
+            "code": code, "ready": ready, "channel": program.channel, "file": self.file, "argv": self.argv,
+            "packages": self.packages, "walls": walls, "longest_file": _LONGEST_FILE, "limits": self._rlimits(limits),
+        }  # fmt: skip
+        return ["-I", "-S", "-B", "-c", f"{_BOOT}boot({order!r})"]
+
+    def _rlimits(self, limits: Limits) -> list[tuple[str, int, int]]:
+        """(name, soft, hard) as for setrlimit(2)."""
+        cpu_s = math.ceil(limits.cpu_s or 1)
+        equal = {
+            "RLIMIT_AS": limits.memory_bytes if self.mapped else None, "RLIMIT_FSIZE": limits.file_bytes,
+            "RLIMIT_NPROC": self.processes, "RLIMIT_NOFILE": limits.open_files, "RLIMIT_STACK": _STACK_BYTES,
+            "RLIMIT_CORE": 0, "RLIMIT_MEMLOCK": 0, "RLIMIT_MSGQUEUE": 0,
+        }  # fmt: skip
+        given = [(name, limit, limit) for name, limit in equal.items() if limit is not None]
+        return [("RLIMIT_CPU", cpu_s, cpu_s + 1), *given]  # SIGXCPU, and a second later SIGKILL
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A process to be started. argv: made from two descriptors which it finds under their numbers: the code; and
+    `ready`, to which it writes a dot when the program is about to begin (what ends before is the sandbox's failure) and
+    then, where it is init, the program's exit status.
+
+    kill: ends all that the process of this pid has started. memory_bytes, processes: what the tree of the process may
+    have, looked at while it runs; None where the kernel keeps it. nobody: whether the process leaves root.
+    """
+
+    argv: Callable[[int, int], Sequence[str]]
+    kill: Callable[[int], None]
+    env: Mapping[str, str]
+    is_init: bool
+    cwd: str = "/"
+    memory_bytes: int | None = None
+    processes: int | None = None
+    nobody: bool = False
+    fds: tuple[int, ...] = ()
+
+
+async def run_process(command: Command, program: Program, backend: str) -> Run:
+    """Runs it to its end; nothing of it is left then. Cancelling ends it too."""
+    loop, limits = asyncio.get_running_loop(), program.limits
+    live = _Live(command)
+    with contextlib.ExitStack() as stack:
+        code, stdin = stack.enter_context(sealed(program.code)), stack.enter_context(sealed(program.stdin))
+        stdout, stderr, ready = outputs = [
+            Output(loop, limit, lambda: live.end("output"))
+            for limit in (limits.output_bytes or 0, limits.output_bytes or 0, 16)
+        ]
+        for output in outputs:
+            stack.callback(output.close)
+        channel = [] if program.channel is None else [program.channel]
+        started = time.monotonic()
+        try:
+            live.start(command.argv(code, ready.theirs), (stdin, stdout.theirs, stderr.theirs),
+                       (code, ready.theirs, *channel, *command.fds))  # fmt: skip
+        except (OSError, ValueError) as error:  # no interpreter, no memory, no process left
+            return run_of({"error": f"it does not start: {error}"}, b"", b"", False, limits, backend)
+        for output in outputs:
+            output.close_theirs()
+        report = await live.wait(limits.wall_s or 0) | {"wall_s": time.monotonic() - started}
+        truncated = stdout.truncated or stderr.truncated
+        said, complaint = stdout.rest(), stderr.rest()
+        signs = ready.rest()
+        if command.is_init:
+            report["exit_code"] = int(signs[1:]) if len(signs) > 1 else None
+        if report["cause"] is not None:  # too many processes are the program's own failure, as by the kernel's limit
+            report["exit_code"] = -signal.SIGKILL if report["cause"] == "processes" else None
+        if not signs and report["cause"] is None:
+            report = {"error": complaint.decode(errors="replace").strip() or "it ended before the program began"}
+    return run_of(report, said, complaint, truncated, limits, backend)
+
+
+class _Live:
+    """The process of a run. cause: why it was ended, if we did."""
+
+    def __init__(self, command: Command) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cause: str | None = None
+
+    def start(self, argv: Sequence[str], streams: tuple[int, int, int], fds: tuple[int, ...]) -> None:
+        nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": ()} if self._command.nobody else {}
+        self._process = subprocess.Popen(
+            argv, stdin=streams[0], stdout=streams[1], stderr=streams[2], pass_fds=fds, cwd=self._command.cwd,
+            env=dict(self._command.env), start_new_session=True, **nobody,
+        )  # fmt: skip
+
+    def end(self, cause: str) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._cause = self._cause or cause
+            self._command.kill(self._process.pid)
+
+    async def wait(self, wall_s: float) -> dict[str, Any]:
+        """Until its end, which comes by itself or by ours. The report is as `run_of` takes it, but for `wall_s`."""
+        assert self._process is not None  # start() has been
+        loop, pid = asyncio.get_running_loop(), self._process.pid
+        pidfd = os.pidfd_open(pid)
+        ended = asyncio.Event()
+        loop.add_reader(pidfd, ended.set)
+        timer = loop.call_later(wall_s, self.end, "wall")
+        watch = loop.create_task(self._watch(pid))
+        try:
+            await ended.wait()
+        finally:
+            timer.cancel()
+            watch.cancel()
+            if not ended.is_set():  # cancelled
+                self.end("stop")
+                await asyncio.wait({loop.create_task(ended.wait())}, timeout=_GRACE_S)
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            report = self._reap(pid)
+        return report
+
+    def _reap(self, pid: int) -> dict[str, Any]:
+        assert self._process is not None
+        self._command.kill(pid)  # what it left behind; the pid is still its own
+        _, status, usage = os.wait4(pid, 0)
+        self._process.returncode = code = os.waitstatus_to_exitcode(status)
+        return {
+            "cause": self._cause, "exit_code": code, "cpu_s": usage.ru_utime + usage.ru_stime,
+            "peak_rss_bytes": usage.ru_maxrss * 1024,
+        }  # fmt: skip
+
+    async def _watch(self, pid: int) -> None:
+        memory, processes = self._command.memory_bytes, self._command.processes
+        while memory is not None or processes is not None:
+            await asyncio.sleep(_TICK_S)
+            if processes is not None and await asyncio.to_thread(tasks, pid) > processes:
+                self.end("processes")
+            if memory is not None and await asyncio.to_thread(resident_bytes, pid) > memory:
+                self.end("memory")
+
+
+def tasks(pid: int) -> int:
+    """Threads of a process and of all its descendants."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # it ended just now
+    return len(threads) + sum(tasks(child) for child in children(pid))
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found += (int(child) for child in file.read().split())
+    return found
+
+
+class Output:
+    """A pipe that keeps the first `limit` bytes of what the program writes, and calls `full` when there is more."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, full: Callable[[], None]) -> None:
+        self._loop, self._limit, self._full = loop, limit, full
+        self._kept = bytearray()
+        self.truncated = False
+        self._ours, self.theirs = os.pipe()
+        os.set_blocking(self._ours, False)
+        os.fchmod(self.theirs, 0o666)  # /dev/stdout can be opened by the program's user too
+        with contextlib.suppress(PermissionError):  # more than this user may have in pipes: a shorter one does
+            fcntl.fcntl(self.theirs, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        loop.add_reader(self._ours, self._read)
+
+    def close_theirs(self) -> None:
+        os.close(self.theirs)
+        self.theirs = -1
+
+    def _read(self) -> bool:
+        """Takes what there is; False when nothing more can come."""
+        try:
+            chunk = os.read(self._ours, 1 << 18)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            self._loop.remove_reader(self._ours)
+            return False
+        if len(self._kept) + len(chunk) > self._limit and not self.truncated:
+            self.truncated = True
+            self._full()
+        self._kept += chunk[: self._limit - len(self._kept)]
+        return True
+
+    def rest(self) -> bytes:
+        """All of it, once the program has ended."""
+        while self._read():
+            pass
+        return bytes(self._kept)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._ours)
+        os.close(self._ours)
+        if self.theirs >= 0:
+            self.close_theirs()
+
+
+@contextlib.contextmanager
+def sealed(data: bytes) -> Iterator[int]:
+    """A file in memory that nobody can change, as a descriptor at its start."""
+    fd = os.memfd_create("rlvlm-sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        yield fd
+    finally:
+        os.close(fd)

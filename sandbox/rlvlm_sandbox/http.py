@@ -1,0 +1,2 @@
+class HTTP:
+    name = "http"
