@@ -36,7 +36,18 @@ _EXAMPLES: Mapping[str, tuple[str, str]] = {  # reference, right answer
     "choice": ("C", "(C)"),
     "number": ("12", "12.0"),
     "count": ("12", "12"),
+    "grounding": ("[[10, 20, 110, 220], [300, 40, 380, 90]]", "[[300, 40, 380, 90], [10, 20, 110, 220]]"),
+    "points": ("[[10, 20], [300, 40]]", "[[300, 40], [10, 20]]"),
+    "polygon": ("[[10, 10], [90, 10], [90, 90], [10, 90]]", "[[90, 90], [10, 90], [10, 10], [90, 10]]"),
+    "ocr": ("the quick brown fox jumps over the lazy dog", "the quick brown fox jumps over the lazy dog"),
+    "ordering": ("[3, 1, 4, 2]", "[3, 1, 4, 2]"),
+    "permutation": ("[3, 1, 4, 2]", "[3, 1, 4, 2]"),
     "math": ("1/2", "\\boxed{0.5}"),
+    "code": (
+        '{"calls": [[[3], 9], [[-4], 16]], "entry_point": "square"}',
+        "```python\ndef square(x):\n    return x * x\n```",
+    ),
+    "judge": ("12", "12"),
 }
 
 

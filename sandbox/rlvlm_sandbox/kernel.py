@@ -99,6 +99,13 @@ def pivot_root(new: str, old: str) -> None:
 # ---- privileges
 
 
+def is_mapped(uid: int) -> bool:
+    """Whether this user namespace knows the user; that of a rootless container may know its root alone."""
+    with open("/proc/self/uid_map") as file:
+        ranges = [[int(number) for number in line.split()] for line in file]
+    return any(inside <= uid < inside + count for inside, _, count in ranges)
+
+
 def drop_capabilities() -> None:
     capability = 0
     while _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # some forty calls in every run: no detours

@@ -28,7 +28,7 @@ from rlvlm_sandbox.kernel import MS_NODEV, MS_NOEXEC, MS_NOSUID
 from rlvlm_sandbox.seccomp import for_process
 
 _UID = 1000
-_NOBODY = 65534
+NOBODY = 65534
 _STACK_BYTES = 64 << 20  # 50,000 honest frames of recursion through C
 _CHANNEL = 3  # the program's descriptor for whoever works with it
 _TASKS_OF_A_USER = 4096  # without namespaces the kernel counts all that a user runs anywhere
@@ -153,8 +153,8 @@ def _lock_up(walls: Walls, order: dict[str, Any]) -> None:
         os.chdir("/")
         if walls.leave_root:
             os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     _set_limits(order["limits"], walls)

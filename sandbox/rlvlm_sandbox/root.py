@@ -34,8 +34,7 @@ def main(text: str) -> NoReturn:
         _leave_root()
         _enter_namespaces()
     else:
-        if os.geteuid() == 0:
-            _leave_root()
+        _leave_root()
         _enter_namespaces()
         _build_root(config)
     kernel.sethostname("sandbox")
@@ -52,6 +51,9 @@ def _may_mount() -> bool:
 
 
 def _leave_root() -> None:
+    """Root becomes nobody. One that is the only user of its namespace is an ordinary user outside, and stays."""
+    if os.geteuid() != 0 or not kernel.is_mapped(NOBODY):
+        return
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)

@@ -100,7 +100,7 @@ class Sandbox:
         """
         if profile not in PROFILES:
             raise ValueError(f"profile is {profile!r}; give one of {get_args(Profile)}")
-        backend = await self._backend_for(language)
+        backend = self._for_profile(await self._backend_for(language), profile)
         program = Program(_encoded(code), (limits or Limits()).over(PROFILES[profile]), stdin, profile, language)
         async with self._slots:
             return await backend.run(program)
@@ -138,12 +138,17 @@ class Sandbox:
 
     def session(self, limits: Limits | None = None) -> Session:
         """A Python that keeps its state between runs, for tools: `async with sandbox.session() as python`."""
-        return Session(self._entered().run, (limits or Limits()).over(PROFILES["tool"]))
+        return Session(self._for_profile(self._entered(), "tool").run, (limits or Limits()).over(PROFILES["tool"]))
 
     def _entered(self) -> Backend:
         if self._backend is None:
             raise RuntimeError("the sandbox is not open; write `async with Sandbox() as sandbox:` around its use")
         return self._backend
+
+    def _for_profile(self, backend: Backend, profile: Profile) -> Backend:
+        if profile == "tool" and backend.name == "landlock":
+            raise SandboxUnavailable(f"profile 'tool' needs walls that landlock lacks; {_MEND}")
+        return backend
 
     async def _backend_for(self, language: str) -> Backend:
         """Languages other than Python go through bubblewrap, unless the backend is one that takes all."""

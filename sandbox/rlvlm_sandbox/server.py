@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -63,12 +64,17 @@ def _walls(config: dict[str, Any]) -> program.Walls:
     own_pid = None if namespaces else OWN_PID
     return program.Walls(
         namespaces=namespaces,
-        leave_root=config["leave_root"] and os.geteuid() == 0,
+        leave_root=config["leave_root"] and os.geteuid() == 0 and kernel.is_mapped(program.NOBODY),
         landlock=kernel.landlock_version() >= 1 or not namespaces,
-        ruleset=None if namespaces else kernel.landlock_ruleset(config["readable"], _DEVICES),
+        ruleset=None if namespaces else _out_of_the_way(kernel.landlock_ruleset(config["readable"], _DEVICES)),
         filters={profile: filter_program(profile, own_pid=own_pid) for profile in ("judge", "tool")},
         mapped_bytes=pages * resource.getpagesize(),
     )
+
+
+def _out_of_the_way(fd: int) -> int:
+    """Of the program's own descriptors, 0 to 3, and of the report's."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 32)
 
 
 @dataclass(slots=True)

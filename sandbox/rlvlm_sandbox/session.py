@@ -16,8 +16,8 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from rlvlm_sandbox.grading.grade import RunProgram
-from rlvlm_sandbox.grading.programs import program
-from rlvlm_sandbox.records import Limits, Outcome, Program, Run
+from rlvlm_sandbox.grading.programs import driver
+from rlvlm_sandbox.records import Limits, Outcome, Run
 
 _LIFE_S = 24 * 3600.0  # of a session; time is kept for each run, by us
 _GRACE_S = 1.0  # for an interrupted run to come back
@@ -143,7 +143,7 @@ class _Process:
     async def start(cls, run: RunProgram, limits: Limits) -> Self:
         ours, theirs = socket.socketpair()
         whole = replace(limits, wall_s=_LIFE_S, cpu_s=_LIFE_S)
-        task = asyncio.ensure_future(run(Program(program("session"), whole, profile="tool", channel=theirs.fileno())))
+        task = asyncio.ensure_future(run(driver("session", b"", whole, "tool", theirs.fileno())))
         task.add_done_callback(lambda _: theirs.close())
         reader, writer = await asyncio.open_connection(sock=ours)
         process = cls(task, reader, writer)

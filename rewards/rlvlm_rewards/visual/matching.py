@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from rlvlm_rewards.records import Score
-from rlvlm_rewards.visual.reading import MOST
 
 
 def soft_f1(similarity: np.ndarray) -> Score:
@@ -27,8 +26,7 @@ def soft_f1(similarity: np.ndarray) -> Score:
     return Score(value=min(2 * total / (found + wanted), 1.0), parts={"precision": precision, "recall": recall})
 
 
-def is_spam(found: Sequence[Hashable], wanted: Sequence[Hashable]) -> bool:
-    """Whether an answer repeats a thing more often than the reference does, or has ten times as many things."""
+def repeats(found: Iterable[Hashable], wanted: Iterable[Hashable]) -> bool:
+    """Whether an answer names the same thing twice, or more often than the reference does."""
     often = Counter(wanted)
-    repeats = any(count > max(often[one], 1) for one, count in Counter(found).items())
-    return repeats or len(found) > MOST * max(len(wanted), 1)
+    return any(count > max(often[one], 1) for one, count in Counter(found).items())

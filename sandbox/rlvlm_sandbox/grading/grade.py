@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rlvlm_sandbox.grading.compare import same_output, same_value
 from rlvlm_sandbox.grading.inside.wire import NoLinks, WireError, decode
-from rlvlm_sandbox.grading.programs import order, program
+from rlvlm_sandbox.grading.programs import driver, order
 from rlvlm_sandbox.grading.tests import AssertTests, CallTests, InvalidTests, StdioTests, Tests, brief
 from rlvlm_sandbox.grading.verdict import Case, Verdict, failed, passed, verdict_of
 from rlvlm_sandbox.records import PROFILES, Limits, Outcome, Program, Run
@@ -99,8 +99,8 @@ async def _judged(run: RunProgram, ran: Run, tests: StdioTests, number: int) -> 
             return passed()
         return failed(f"case {number + 1}: the output is {brief(ran.stdout)}, not {brief(expected)}")
     texts = {"stdin": _text(stdin), "stdout": _text(ran.stdout), "expected": _text(expected)}
-    stdin_of_checker = json.dumps({"source": tests.checker, **texts}).encode()
-    checked = await run(Program(program("checker"), PROFILES["judge"], stdin_of_checker))
+    payload = json.dumps({"source": tests.checker, **texts}).encode()
+    checked = await run(driver("checker", payload, PROFILES["judge"]))
     if checked.outcome is Outcome.SANDBOX_ERROR:
         return failed(checked.detail, Outcome.SANDBOX_ERROR)
     word = next(iter(_lines(checked.stdout)), None)
@@ -124,7 +124,7 @@ def _last_words(run: Run) -> str:
 
 async def _calls(run: RunProgram, code: bytes, tests: CallTests, limits: Limits) -> Verdict:
     header = {"entry_point": tests.entry_point, "calls": tests.calls}
-    ran = await run(Program(program("calls"), limits, order(header, code)))
+    ran = await run(driver("calls", order(header, code), limits))
     if ran.outcome is Outcome.SANDBOX_ERROR:
         return verdict_of([failed(ran.detail, ran.outcome)] * len(tests.expected), ran.backend)
     answers: dict[int, dict[str, Any]] = {}
@@ -174,8 +174,8 @@ def _lines(output: bytes) -> Iterable[dict[str, Any]]:
 async def _asserts(run: RunProgram, code: bytes, tests: AssertTests, limits: Limits) -> Verdict:
     shared = {"entry_point": tests.entry_point, "prelude": tests.prelude}
     header = {**shared, "source": tests.source, "split": tests.split, "checks": tests.checks}
-    theirs = Program(program("solution"), limits, order(shared, code))
-    ours = Program(program("author"), _limits_of_tests(limits), json.dumps(header).encode())
+    theirs = driver("solution", order(shared, code), limits)
+    ours = driver("author", json.dumps(header).encode(), _limits_of_tests(limits))
     ran, candidate = await _together(run, ours, theirs)
     words = list(_lines(ran.stdout))
     for word in words:
@@ -263,7 +263,7 @@ async def _weak(run: RunProgram, code: bytes, tests: AssertTests, limits: Limits
     token = secrets.token_hex(16)
     header = {"code": text, "prelude": tests.prelude, "source": tests.source, "checks": tests.checks, "token": token}
     header["entry_point"] = tests.entry_point
-    ran = await run(Program(program("weak"), limits, json.dumps(header).encode()))
+    ran = await run(driver("weak", json.dumps(header).encode(), limits))
     if ran.outcome is Outcome.OK and ran.stdout.endswith(token.encode()):
         return verdict_of([passed()], ran.backend)
     is_assertion = _last_words(ran).startswith("AssertionError")

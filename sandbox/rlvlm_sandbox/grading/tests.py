@@ -19,7 +19,18 @@ StdioCase = tuple[str | bytes, str | bytes]
 Call = tuple[Sequence[Any], Any] | tuple[Sequence[Any], Mapping[str, Any], Any]
 
 
-_WRITTEN = (bool, float, complex, bytes, bytearray, range, decimal.Decimal, fractions.Fraction, datetime.date, type(None))
+_WRITTEN = (
+    bool,
+    float,
+    complex,
+    bytes,
+    bytearray,
+    range,
+    decimal.Decimal,
+    fractions.Fraction,
+    datetime.date,
+    type(None),
+)
 
 
 class InvalidTests(ValueError):

@@ -51,7 +51,6 @@ class Host:
         }  # fmt: skip
 
     def harm(self) -> list[str]:
-        found = [f"a secret was read: {name}" for name in self._touched_sockets()]
         found = [f"something arrived at the {name} socket" for name in self._touched_sockets()]
         if self._seen_files() != self._files:
             found.append(f"the canary's directory is now {self._seen_files()}, it was {self._files}")
@@ -111,16 +110,16 @@ class Host:
                     yield name
 
     def _seen_files(self) -> dict[str, tuple[Any, ...]]:
-        """By path: the content, and what can be changed about it."""
-        paths = [*sorted(self._directory.iterdir()), *sorted((self._directory / "open").iterdir())]
-        return {
-            str(path.relative_to(self._directory)): (
-                path.read_text() if path.is_file() else None,
-                *(stat.st_mode, stat.st_uid, stat.st_nlink, stat.st_size, stat.st_mtime_ns),
-            )
-            for path in paths
-            for stat in [path.lstat()]
-        }
+        """By path: what can be changed about it, the canary's content, and when the secret was read last."""
+        seen: dict[str, tuple[Any, ...]] = {}
+        for path in (*self._directory.iterdir(), *(self._directory / "open").iterdir()):
+            stat = path.lstat()
+            seen[path.name] = stat.st_mode, stat.st_uid, stat.st_nlink, stat.st_size, stat.st_mtime_ns
+            if path.name == "secret":
+                seen[path.name] += (stat.st_atime_ns,)
+            elif path.name == "canary":
+                seen[path.name] += (path.read_text(),)
+        return seen
 
     def _left_files(self) -> list[str]:
         """Files that an attack has named after the token, in places where it should not be able to make any."""

@@ -11,7 +11,6 @@ import builtins
 import json
 import os
 import sys
-import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -224,9 +223,8 @@ class _Verdict:
         os._exit(0)
 
 
-def main() -> None:
-    with open(0, "rb", closefd=False) as file:
-        order = json.load(file)
+def main(payload: bytes) -> None:
+    order = json.loads(payload)
     verdict = _Verdict()
     verdict.say(start=True)
     module = types.ModuleType("__main__")
@@ -281,7 +279,7 @@ def _case(error: BaseException | None, peer: AuthorPeer) -> dict[str, Any]:
     if isinstance(error, ImportError) and error is not peer.last_raised:
         return {"invalid": f"{_place(error, 'tests')}: {type(error).__name__}: {error}"}
     is_candidates = error is None or isinstance(error, CandidateFailed) or error is peer.last_raised
-    said = peer.failure_said or "".join(traceback.format_exception_only(error)).strip()[:500]
+    said = peer.failure_said or _text(error)
     where = "" if error is None else f"{_place(error, 'tests')}: "
     by = "memory" if isinstance(error, MemoryError) else "candidate" if is_candidates else "tests"
     return {"passed": False, "by": by, "said": where + said}
@@ -291,6 +289,17 @@ def _place(error: BaseException, source: str) -> str:
     """`tests, line 3`: the innermost line of the author's."""
     if isinstance(error, SyntaxError) and error.filename in ("tests", "prelude"):
         return f"{error.filename}, line {error.lineno}"
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [f"{name}, line {line}" for name, line in frames if name in ("tests", "prelude")]
-    return own[-1] if own else source
+    place, step = source, error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename in ("tests", "prelude"):
+            place = f"{step.tb_frame.f_code.co_filename}, line {step.tb_lineno}"
+        step = step.tb_next
+    return place
+
+
+def _text(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 (an exception class of the author's)
+        text = ""
+    return f"{type(error).__name__}: {text}"[:500].removesuffix(": ")

@@ -267,7 +267,7 @@ def _listen(channel: Channel, orders: queue.SimpleQueue[dict[str, Any]]) -> None
             orders.put(order)
 
 
-def main() -> None:
+def main(_: bytes) -> None:
     os.set_inheritable(_CHANNEL, False)
     channel = Channel(_CHANNEL)
     first = channel.receive()

@@ -61,17 +61,14 @@ def _exception(kind: type[BaseException], args: tuple[Any, ...], said: str) -> B
         return Exception(said)
 
 
-def read_order() -> tuple[dict[str, Any], bytes]:
-    """What stdin holds: the length of a header, the header (JSON), the code. Afterwards stdin is empty, and what is
-    printed goes nowhere."""
-    with open(0, "rb", closefd=False) as file:
-        data = file.read()
-    (length,) = struct.unpack_from(">I", data)
+def read_order(payload: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header (its length, JSON) and the code. From here on stdin is empty, and what is printed goes nowhere."""
+    (length,) = struct.unpack_from(">I", payload)
     nowhere = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)
     os.close(nowhere)
-    return json.loads(data[4 : 4 + length]), data[4 + length :]
+    return json.loads(payload[4 : 4 + length]), payload[4 + length :]
 
 
 def load(code: bytes, prelude: str, entry_point: str) -> types.ModuleType:
@@ -87,8 +84,8 @@ def load(code: bytes, prelude: str, entry_point: str) -> types.ModuleType:
     return module
 
 
-def main() -> None:
-    order, code = read_order()
+def main(payload: bytes) -> None:
+    order, code = read_order(payload)
     channel = Channel(_CHANNEL)
     try:
         module = load(code, order["prelude"], order["entry_point"])

@@ -8,9 +8,8 @@ import sys
 import types
 
 
-def main() -> None:
-    with open(0, "rb", closefd=False) as file:
-        order = json.load(file)
+def main(payload: bytes) -> None:
+    order = json.loads(payload)
     verdict = os.dup(1)
     nowhere = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1):
