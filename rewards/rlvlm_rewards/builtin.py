@@ -26,3 +26,6 @@ BUILT_IN: Mapping[str, str] = {
     "repetition": "rlvlm_rewards.shape:Repetition",
     "tool_bonus": "rlvlm_rewards.shape:ToolBonus",
 }
+
+# These end on their own whatever the response, so that a slow answer is wrong and not a failure (see `keeps_time`).
+KEEP_TIME = frozenset({"math", "judge", "code"})

@@ -42,6 +42,11 @@ _EXAMPLES: Mapping[str, tuple[str, str]] = {  # reference, right answer
     "ocr": ("the quick brown fox jumps over the lazy dog", "the quick brown fox jumps over the lazy dog"),
     "ordering": ("[3, 1, 4, 2]", "[3, 1, 4, 2]"),
     "permutation": ("[3, 1, 4, 2]", "[3, 1, 4, 2]"),
+    "grid_path": ('{"grid": ["..#", "#..", "##."], "start": [0, 0], "goal": [2, 2]}', "RDRD"),
+    "chart_table": (
+        "| year | rain | sun |\n|---|---|---|\n| 2019 | 640 | 1500 |\n| 2020 | 710 | 1390 |",
+        "year,rain,sun\n2019,640,1500\n2020,710,1390",
+    ),
     "math": ("1/2", "\\boxed{0.5}"),
     "code": (
         '{"calls": [[[3], 9], [[-4], 16]], "entry_point": "square"}',

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Any
 
-from rlvlm_rewards.builtin import BUILT_IN
+from rlvlm_rewards.builtin import BUILT_IN, KEEP_TIME
 from rlvlm_rewards.options import InvalidOption, with_options
 from rlvlm_rewards.plugins import PluginBroken, PluginNotFound, import_plugin, nearest
-from rlvlm_rewards.reward import Reward, wrap
+from rlvlm_rewards.reward import Reward, keeps_time, wrap
 
 GROUP = "rlvlm.rewards"
 
@@ -56,7 +56,8 @@ def known_names() -> set[str]:
 def _named(name: str) -> Any:
     if name in BUILT_IN:
         place, _, attribute = BUILT_IN[name].partition(":")
-        return getattr(import_plugin(place), attribute)
+        found = getattr(import_plugin(place), attribute)
+        return keeps_time(found) if name in KEEP_TIME else found
     plugins = entry_points(group=GROUP)
     if name not in plugins.names:
         names = known_names()

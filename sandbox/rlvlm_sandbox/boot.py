@@ -7,29 +7,42 @@ With walls it is pid 1 of its namespace and becomes two processes: init, which r
 and takes everything else with it; and the program. Nothing inside can look into init, and no signal reaches it.
 """
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def boot(order):
+
+def boot(
+    code: int,
+    ready: int,
+    channel: int | None,
+    walls: dict[str, int] | None,
+    limits: list[tuple[str, int, int]],
+    argv: list[str],
+    file: str,
+    packages: list[str],
+) -> None:
+    """code, ready, channel: descriptors. walls: as enclose takes them. argv: what is executed in place of the code."""
     import posix
-    import resource
 
-    if order["walls"]:
-        install_filter = enclose(**order["walls"])
-        fork_from_init(order["ready"])
-    code = b"" if order["argv"] else take_code(order["code"], order["file"])
-    if order["channel"] is not None:
-        posix.dup2(order["channel"], 3)
+    if walls:
+        install_filter = enclose(**walls)
+        fork_from_init(ready)
+    source = b"" if argv else take_code(code, file)
+    if channel is not None:
+        posix.dup2(channel, 3)
     # After the interpreter's start: by the stack's limit every thread would map as much.
-    limit(order["limits"], resource)
-    posix.write(order["ready"], b".")
-    posix.closerange(3 if order["channel"] is None else 4, 1 << 16)
-    if order["walls"]:
+    limit(limits)
+    posix.write(ready, b".")
+    posix.closerange(3 if channel is None else 4, 1 << 16)
+    if walls:
         install_filter()
-    if order["argv"]:
-        posix.execv(order["argv"][0], order["argv"])
-    run(code, order["file"], order["packages"])
+    if argv:
+        posix.execv(argv[0], argv)
+    run(source, file, packages)
 
 
-def enclose(filter, inodes):
+def enclose(filter: int, inodes: int) -> "Callable[[], None]":
     """Uses up the capabilities that were left to it. Returns what puts the seccomp filter on the caller."""
     import _ctypes
     import posix
@@ -37,9 +50,9 @@ def enclose(filter, inodes):
     class Function(_ctypes.CFuncPtr):
         _flags_ = _ctypes.FUNCFLAG_CDECL
 
-    libc = _ctypes.dlopen(None, 0)
+    libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # all that is loaded already
 
-    def call(name, *arguments):
+    def call(name: str, *arguments: "int | bytes | None") -> None:
         if Function(_ctypes.dlsym(libc, name))(*arguments) != 0:
             raise OSError(f"{name}{arguments} failed")
 
@@ -53,7 +66,7 @@ def enclose(filter, inodes):
     call("prctl", set_dumpable, 0, 0, 0, 0)
     program = posix.pread(filter, 1 << 16, 0)
 
-    def install():
+    def install() -> None:
         address = id(program) + bytes.__basicsize__ - 1
         pointer = (len(program) // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
         call("prctl", set_dumpable, 1, 0, 0, 0)
@@ -62,7 +75,7 @@ def enclose(filter, inodes):
     return install
 
 
-def fork_from_init(ready):
+def fork_from_init(ready: int) -> None:
     """Returns in the program."""
     import _signal
     import posix
@@ -82,7 +95,7 @@ def fork_from_init(ready):
             posix._exit(0)
 
 
-def take_code(fd, file):
+def take_code(fd: int, file: str) -> bytes:
     """Also writes it to its file, for tracebacks and `inspect`, unless it is huge."""
     with open(fd, "rb", closefd=False) as stream:
         code = stream.read()
@@ -92,7 +105,9 @@ def take_code(fd, file):
     return code
 
 
-def limit(limits, resource):
+def limit(limits: list[tuple[str, int, int]]) -> None:
+    import resource
+
     with open("/proc/self/statm") as stream:
         mapped = int(stream.read().split()[0]) * resource.getpagesize()
     for name, soft, hard in limits:
@@ -104,9 +119,10 @@ def limit(limits, resource):
         resource.setrlimit(kind, (soft, hard))
 
 
-def run(code, file, packages):
+def run(code: bytes, file: str, packages: list[str]) -> None:
     import _sitebuiltins
     import builtins
+    import posix
     import sys
 
     sys.argv[:] = [file]
@@ -115,17 +131,17 @@ def run(code, file, packages):
     for name in ("exit", "quit"):  # all of `site` that programs use
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     main = sys.modules["__main__"].__dict__
-    for name in ("boot", "enclose", "fork_from_init", "take_code", "limit", "run"):
+    for name in ("TYPE_CHECKING", "boot", "enclose", "fork_from_init", "take_code", "limit", "run"):
         del main[name]
     main.update(__doc__=None, __file__=file)
     try:
         exec(compile(code, file, "exec", dont_inherit=True), main)
     except SystemExit:
         raise
-    except BaseException as error:
-        inside = error.__traceback__.tb_next
+    except BaseException as error:  # noqa: BLE001 (as the interpreter itself does at the end of a program)
+        inside = error.__traceback__ and error.__traceback__.tb_next
         try:
             sys.excepthook(type(error), error.with_traceback(inside), inside)
-        except BaseException as second:
-            sys.stderr.buffer.raw.write(type(second).__name__.encode() + b"\n")
+        except BaseException as second:  # noqa: BLE001 (the program's hook, or no memory left for ours)
+            posix.write(2, type(second).__name__.encode() + b"\n")
         sys.exit(1)

@@ -5,7 +5,6 @@ Slower than the fork server, and independent of how that one builds its walls. O
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlvlm_sandbox.collect import Boot, Command, children, run_process
+from rlvlm_sandbox.collect import Boot, Command, children, kill_generation, run_process
 from rlvlm_sandbox.images import Image
 from rlvlm_sandbox.outcomes import run_of
 from rlvlm_sandbox.records import PROFILES, Outcome, Program, Run, SandboxUnavailable
@@ -146,20 +145,11 @@ class Bubblewrap:
 
 
 def _kill_inside(pid: int) -> None:
-    """bwrap's child is init, whose child is the program: init reaps it and ends, and with init everything inside.
-
-    Whoever is not there yet, or no longer, is stood in for by the parent.
-    """
-    inits = children(pid)
-    programs = [(child, init) for init in inits for child in children(init)]
-    for victim, parent in programs or [(init, pid) for init in inits] or [(pid, os.getpid())]:
-        with contextlib.suppress(ProcessLookupError):  # it ended just now
-            pidfd = os.pidfd_open(victim)
-            try:
-                if parent == os.getpid() or victim in children(parent):  # its number has not gone to somebody else
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            finally:
-                os.close(pidfd)
+    """bwrap's child is init: with it everything inside dies, and bwrap after it."""
+    if children(pid):
+        kill_generation(pid, 1)
+    else:
+        os.kill(pid, signal.SIGKILL)
 
 
 def _toolchain() -> list[str]:

@@ -23,10 +23,10 @@ from rlvlm_sandbox.records import Limits, Program, Run
 from rlvlm_sandbox.server import resident_bytes
 
 _TICK_S = 0.02  # how often memory and processes are looked at
+_ACCOUNT_S = 0.2  # for init to reap the program that was killed
 _GRACE_S = 10.0  # for what was killed to be gone
 _STACK_BYTES = 64 << 20  # 50,000 honest frames of recursion through C
 _PIPE_BYTES = 1 << 20  # so that a program does not stand still where our event loop does
-_LONGEST_FILE = 1 << 20
 _BOOT = Path(__file__).with_name("boot.py").read_text()
 
 
@@ -50,10 +50,10 @@ class Boot:
         limits = program.limits
         walls = None if self.seccomp is None else {"filter": self.seccomp, "inodes": limits.inodes}
         order = {
-            "code": code, "ready": ready, "channel": program.channel, "file": self.file, "argv": self.argv,
-            "packages": self.packages, "walls": walls, "longest_file": _LONGEST_FILE, "limits": self._rlimits(limits),
+            "code": code, "ready": ready, "channel": program.channel, "walls": walls, "limits": self._rlimits(limits),
+            "argv": [*self.argv], "file": self.file, "packages": [*self.packages],
         }  # fmt: skip
-        return ["-I", "-S", "-B", "-c", f"{_BOOT}boot({order!r})"]
+        return ["-I", "-S", "-B", "-c", f"{_BOOT}boot(**{order!r})"]
 
     def _rlimits(self, limits: Limits) -> list[tuple[str, int, int]]:
         """(name, soft, hard) as for setrlimit(2)."""
@@ -140,6 +140,15 @@ class _Live:
     def end(self, cause: str) -> None:
         if self._process is not None and self._process.returncode is None:
             self._cause = self._cause or cause
+            if self._command.is_init and cause != "processes":
+                # The program first, so that init can reap it and its time is counted.
+                kill_generation(self._process.pid, 2)
+                asyncio.get_running_loop().call_later(_ACCOUNT_S, self._kill)
+            else:
+                self._kill()
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
             self._command.kill(self._process.pid)
 
     async def wait(self, wall_s: float) -> dict[str, Any]:
@@ -178,19 +187,35 @@ class _Live:
         memory, processes = self._command.memory_bytes, self._command.processes
         while memory is not None or processes is not None:
             await asyncio.sleep(_TICK_S)
-            if processes is not None and await asyncio.to_thread(tasks, pid) > processes:
+            if processes is not None and await asyncio.to_thread(has_more_tasks, pid, processes):
                 self.end("processes")
             if memory is not None and await asyncio.to_thread(resident_bytes, pid) > memory:
                 self.end("memory")
 
 
-def tasks(pid: int) -> int:
-    """Threads of a process and of all its descendants."""
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0  # it ended just now
-    return len(threads) + sum(tasks(child) for child in children(pid))
+def kill_generation(pid: int, generation: int) -> None:
+    """Kills the children (1) or grandchildren (2) of our child `pid`."""
+    parents = [pid] if generation == 1 else children(pid)
+    family = [(parent, child) for parent in parents for child in children(parent)]
+    for parent, child in family:
+        with contextlib.suppress(ProcessLookupError):  # it ended just now
+            pidfd = os.pidfd_open(child)
+            try:
+                if child in children(parent):  # its number has not gone to somebody else
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
+
+
+def has_more_tasks(pid: int, limit: int) -> bool:
+    """Whether a process and its descendants have more threads than this; looks no further once they have."""
+    found, queue = 0, [pid]
+    while queue and found <= limit:
+        process = queue.pop()
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+            found += len(os.listdir(f"/proc/{process}/task"))
+        queue += children(process)
+    return found > limit
 
 
 def children(pid: int) -> list[int]:

@@ -32,12 +32,12 @@ class Head:
         return connection.lower() != "close"
 
 
-async def read_head(reader: asyncio.StreamReader) -> Head:
-    """Raises FramingError, EOFError when the other side has closed before its first byte."""
+async def read_head(reader: asyncio.StreamReader, begun: bytes = b"") -> Head:
+    """begun: what has been read of it. Raises FramingError, EOFError when the other side has closed before it began."""
     try:
-        text = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        text = (begun + await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     except asyncio.IncompleteReadError as error:
-        if not error.partial:
+        if not begun + error.partial:
             raise EOFError from error
         raise FramingError(400, "the connection ended within a header") from error
     except asyncio.LimitOverrunError as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args
 
-from rlvlm_sandbox.grading import AssertTests, CallTests, Case, InvalidTests, StdioTests, Tests, Verdict
+from rlvlm_sandbox.grading import AssertTests, CallTests, Case, StdioTests, Tests, Verdict
 from rlvlm_sandbox.grading.inside.wire import NoLinks, WireError, decode, encode
 from rlvlm_sandbox.records import Limits, Outcome, Profile, Program, Run
 
@@ -98,9 +98,9 @@ def read_run_answer(message: object) -> Run:
 # ---- a grading
 
 
-def grade_order(code: bytes, tests: Tests, limits: Limits, fail_fast: bool, trust: str, language: str) -> dict[str, Any]:
-    order = {"code": text(code), "tests": _tests(tests), "limits": asdict(limits)}
-    return order | {"fail_fast": fail_fast, "trust": trust, "language": language}
+def grade_order(code: bytes, tests: Tests, limits: Limits, **options: bool | str) -> dict[str, Any]:
+    """options: fail_fast, trust, language."""
+    return {"code": text(code), "tests": _tests(tests), "limits": asdict(limits)} | options
 
 
 def read_grade_order(message: object) -> dict[str, Any]:
@@ -134,7 +134,12 @@ def _tests(tests: Tests) -> dict[str, Any]:
     if isinstance(tests, CallTests):
         value, entries, _ = encode([tuple(case) for case in tests.cases], NoLinks())
         tolerance = tests.float_tolerance
-        return {"kind": "call", "entry_point": tests.entry_point, "cases": [value, entries], "float_tolerance": tolerance}
+        return {
+            "kind": "call",
+            "entry_point": tests.entry_point,
+            "cases": [value, entries],
+            "float_tolerance": tolerance,
+        }
     return {"kind": "assert"} | {name: getattr(tests, name) for name in ("source", "entry_point", "prelude", "split")}
 
 

@@ -12,8 +12,8 @@ from rlvlm_sandbox.records import Limits, Outcome, Run
 def run_of(
     report: Mapping[str, Any], stdout: bytes, stderr: bytes, truncated: bool, limits: Limits, backend: str
 ) -> Run:
-    """report: `error` (what failed in the sandbox) or `exit_code` (minus the signal), `cause` (`wall`, `memory` or
-    `stop` where the sandbox killed it), `wall_s`, `cpu_s`, `peak_rss_bytes`."""
+    """report: `error` (what failed in the sandbox) or `exit_code` (minus the signal), `cause` (`wall`, `memory`,
+    `threads` or `stop` where the sandbox killed it), `wall_s`, `cpu_s`, `peak_rss_bytes`."""
     outcome, detail = _outcome(report, truncated, stderr, limits)
     return Run(
         outcome=outcome,

@@ -81,7 +81,7 @@ class Run:
 
     exit_code: the exit status, minus the signal's number if a signal ended it, None if the sandbox did.
     stdout, stderr: what was written, up to `output_bytes` each. truncated: whether anything was cut off.
-    wall_s: from the start of the process to its death, set-up of its walls included. cpu_s: of all its processes.
+    wall_s: from when the sandbox was told to the death of the last process. cpu_s: of all its processes.
     peak_rss_bytes: of its largest process; at least that of the fork server's, whose pages it starts with.
     backend: which backend ran it. detail: what went wrong, for SANDBOX_ERROR.
     """

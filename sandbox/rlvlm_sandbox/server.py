@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 from rlvlm_sandbox import kernel, program
 from rlvlm_sandbox.seccomp import OWN_PID, filter_program
 
-_TICK_S = 0.02  # how often the memory of a run that may start processes is looked at
+_TICK_S = 0.02  # how often a run is looked at whose memory or threads no limit of the kernel's bounds
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # cgroup aside: that one is the server's own, and nobody inside can make groups
 _NAMESPACES = kernel.NEW_USER | kernel.NEW_MOUNTS | kernel.NEW_PIDS | kernel.NEW_IPC | kernel.NEW_UTS
@@ -79,7 +79,8 @@ def _out_of_the_way(fd: int) -> int:
 
 @dataclass(slots=True)
 class _Live:
-    """A run that goes on. cause: why the server killed it, if it did."""
+    """A run that goes on. most_bytes, most_threads: what the server has to watch, as no limit of the kernel's does.
+    cause: why the server killed it, if it did."""
 
     id: int
     pid: int
@@ -87,7 +88,8 @@ class _Live:
     report: int
     started: float
     deadline: float
-    watched_bytes: int | None
+    most_bytes: int | None
+    most_threads: int | None
     cause: str | None = None
 
 
@@ -124,7 +126,7 @@ class Server:
     def _wait_s(self) -> float:
         now = time.monotonic()
         waits = [run.deadline - now for run in self._live.values() if run.cause is None]
-        if any(run.watched_bytes is not None for run in self._live.values()):
+        if any(run.most_bytes or run.most_threads for run in self._live.values()):
             waits.append(_TICK_S)
         return max(min(waits), 0) if waits else -1
 
@@ -183,8 +185,11 @@ class Server:
 
     def _follow(self, order: dict[str, Any], started: float, pid: int, pidfd: int, report: int) -> None:
         limits = order["limits"]
-        watched = limits["memory_bytes"] if order["profile"] == "tool" else None
-        self._live[pidfd] = _Live(order["id"], pid, pidfd, report, started, started + limits["wall_s"], watched)
+        # Resource limits hold for each process; and threads count for a user, whom only namespaces keep to one run.
+        most_bytes = limits["memory_bytes"] if order["profile"] == "tool" else None
+        most_threads = None if self._walls.namespaces else limits["processes"]
+        deadline = started + limits["wall_s"]
+        self._live[pidfd] = _Live(order["id"], pid, pidfd, report, started, deadline, most_bytes, most_threads)
 
     def _fork_spare(self) -> Callable[[], NoReturn] | None:
         """Half of a run's time goes into a child's walls; with this they stand when the order comes."""
@@ -217,10 +222,14 @@ class Server:
     def _watch(self) -> None:
         now = time.monotonic()
         for run in self._live.values():
-            if run.cause is None and now >= run.deadline:
+            if run.cause is not None:
+                continue
+            if now >= run.deadline:
                 self._kill(run, "wall")
-            elif run.cause is None and run.watched_bytes is not None and resident_bytes(run.pid) > run.watched_bytes:
+            elif run.most_bytes is not None and resident_bytes(run.pid) > run.most_bytes:
                 self._kill(run, "memory")
+            elif run.most_threads is not None and threads(run.pid) > run.most_threads:
+                self._kill(run, "threads")
 
     def _kill(self, run: _Live, cause: str) -> None:
         """In namespaces this is pid 1 of the run, and all of the run dies with it."""
@@ -272,6 +281,14 @@ class Server:
         for run in self._live.values():
             os.waitpid(run.pid, 0)
         os._exit(0)
+
+
+def threads(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[17])
+    except ProcessLookupError:  # it ended just now
+        return 0
 
 
 def resident_bytes(pid: int) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +70,12 @@ def test_the_contract_of_the_judge(endpoint: str) -> None:
     assert _failed("judge", {"url": endpoint, "model": "any"}) == []
 
 
+def test_which_keep_time_themselves() -> None:
+    judge = {"url": "http://127.0.0.1:9/v1", "model": "any"}
+    options = {name: _OPTIONS.get(name, judge if name == "judge" else {}) for name in BUILT_IN}
+    assert {name for name in BUILT_IN if load_reward(name, **options[name]).keeps_time} == {"math", "judge", "code"}
+
+
 def test_loading_one_loads_nothing_of_the_others() -> None:
     heavy = {"scipy", "shapely", "sympy", "math_verify", "rapidfuzz", "httpx", "rlvlm_sandbox", "torch", "numpy"}
     program = (
@@ -74,3 +84,22 @@ def test_loading_one_loads_nothing_of_the_others() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout == "[]\n"
+
+
+_README = (Path(__file__).parents[2] / "rewards" / "README.md").read_text()
+
+
+def test_the_readme_names_every_reward_and_its_options() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*?) ?\|$", _README, re.MULTILINE))
+    assert list(rows) == list(BUILT_IN)
+    for name, told in rows.items():
+        place, _, attribute = BUILT_IN[name].partition(":")
+        fields = {field.name for field in dataclasses.fields(getattr(importlib.import_module(place), attribute))}
+        named = set(re.findall(r"`(\w+)`", told)) - {"pixels", "thousandths"}
+        assert named == fields if "..." not in told else named < fields, name
+
+
+def test_the_readme_s_first_example(capsys: pytest.CaptureFixture[str]) -> None:
+    first = re.findall(r"^```python\n(.*?)^```$", _README, re.DOTALL | re.MULTILINE)[0]
+    exec(first, {})
+    assert capsys.readouterr().out == "1.0\n"

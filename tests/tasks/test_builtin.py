@@ -235,3 +235,10 @@ def test_a_little_other_ink_is_no_new_held_out_task() -> None:
             tasks = [make_task(generator, rng, 1, split, STORE) for _ in range(150)]
             facts[split] = {(tuple(triples(task)), question(task)) for task in tasks}
         assert facts["train"] and not facts["train"] & facts["held_out"]
+
+
+def test_the_verifier_of_generators_cannot_be_cheated() -> None:
+    from rlvlm_rewards.check import check_reward
+
+    failed = [found for found in check_reward("rlvlm.tasks.digits:DigitsSum.verify", {}) if found.passed is False]
+    assert failed == []

@@ -19,6 +19,7 @@ Place: TypeAlias = tuple[float, ...]  # x, y of a point; x1, y1, x2, y2 of a box
 Thing: TypeAlias = tuple[Place, str | None]  # with its label
 Reader: TypeAlias = Callable[[Any, "Frame"], Place]
 _FAR = 1e6  # pixels; no picture is larger
+_MOST_THINGS = 500  # of a reference: matching them with ten times as many takes up to a second
 _KEYS = ("bbox_2d", "bbox", "point_2d", "point")
 _MEND = "give it in the coordinates that the recipe states, or state the others"
 
@@ -144,8 +145,11 @@ def _thing_or_none(item: Any, read: Reader, frame: Frame) -> Thing | None:
 
 def read_reference(sample: Sample, read: Reader, frame: Frame, into: Frame) -> list[Thing]:
     """The things that a reference names, turned into another frame. Raises Unreadable, naming the item from one on."""
+    items = _items(sample.answer)
+    if len(items) > _MOST_THINGS:
+        raise Unreadable(f"it has {len(items)} items; give at most {_MOST_THINGS}")
     wanted: list[Thing] = []
-    for number, item in enumerate(_items(sample.answer), 1):
+    for number, item in enumerate(items, 1):
         try:
             place, label = _read_thing(item, read, frame)
         except Unreadable as error:

@@ -11,13 +11,15 @@ from typing import Any, TypeAlias
 
 from rlvlm_rewards.records import Sample, Score
 from rlvlm_rewards.reward import inline
-from rlvlm_rewards.visual.reading import Unreadable, answer_of, is_number, normalise, read_json, unparsable
+from rlvlm_rewards.visual.reading import Unreadable, answer_of, is_number, normalise, read_json, unfenced, unparsable
 
 Cell: TypeAlias = tuple[int, int]  # row and column, from 0
 _BETWEEN = re.compile(r"->|[→>,;\n]")
 _MOST_ITEMS = 1_000
 _MOST_CELLS = 10_000
+_MOST_CHARACTERS = 100_000
 _PARTIAL = 0.2
+_WALLS = ("#", "1", 1)
 _STEPS = {
     **dict.fromkeys(("u", "up", "↑"), (-1, 0)),
     **dict.fromkeys(("d", "down", "↓"), (1, 0)),
@@ -31,9 +33,10 @@ _GRID = 'give {"grid": ["..#", ...], "start": [row, column], "goal": [row, colum
 def read_sequence(text: str) -> list[str]:
     """The items, normalised, of a JSON list of texts or numbers, or of a text with `,`, `;`, `>`, `->` or new lines
     between them. Raises Unreadable for none, for an empty one, and for more than 1,000."""
-    parts: Sequence[Any] = _BETWEEN.split(text)
-    if text.startswith(("[", "```")):
-        parts = read_json(text)
+    if len(text) > _MOST_CHARACTERS:
+        raise Unreadable(f"it has {len(text)} characters; give at most {_MOST_CHARACTERS}")
+    text = unfenced(text)
+    parts: Any = read_json(text) if text.startswith("[") else _BETWEEN.split(text)
     if len(parts) > _MOST_ITEMS or not all(isinstance(part, str) or is_number(part) for part in parts):
         raise Unreadable(f"it is no list of at most {_MOST_ITEMS} texts or numbers; give one")
     items = [item for part in parts if (item := normalise(str(part))) is not None]
@@ -91,10 +94,10 @@ class GridPath:
     """1 if the answer is a path from start to goal, else 0.
 
     The reference is JSON: {"grid": ["..#", "...", ...], "start": [row, column], "goal": [row, column]}, rows from the
-    top and columns from the left, from 0; `#` is a wall. A grid of numbers does too: 0 is free, 1 a wall. The answer is
-    moves, as words or letters or arrows ("RRD", "right, right, down", ["R", "D"], "→→↓"), or JSON cells from start to
-    goal ([[0, 0], [0, 1], ...]). A path steps to neighbours up, down, left or right, never into a wall, off the grid or
-    onto a cell a second time, and ends on the goal.
+    top and columns from the left, from 0; `#` is a wall, or 1 in a grid of 0 and 1. The answer is moves, as words or
+    letters or arrows ("RRD", "right, right, down", ["R", "D"], "→→↓"), or JSON cells from start to goal ([[0, 0],
+    [0, 1], ...]). A path steps to neighbours up, down, left or right, never into a wall, off the grid or onto a cell a
+    second time, and ends on the goal.
 
     shortest: only a path of the least length counts.
     """
@@ -123,7 +126,7 @@ def read_grid(text: str) -> tuple[frozenset[Cell], Cell, Cell]:
         raise Unreadable(f"it has no grid; {_GRID}")
     if not 0 < sum(map(len, rows)) <= _MOST_CELLS:
         raise Unreadable(f"its grid is empty or has more than {_MOST_CELLS} cells; {_GRID}")
-    free = frozenset((y, x) for y, row in enumerate(rows) for x, cell in enumerate(row) if cell not in ("#", 1))
+    free = frozenset((y, x) for y, row in enumerate(rows) for x, cell in enumerate(row) if cell not in _WALLS)
     start, goal = _cell(value.get("start")), _cell(value.get("goal"))
     for name, cell in (("start", start), ("goal", goal)):
         if cell not in free:
@@ -155,9 +158,10 @@ def distance(free: frozenset[Cell], start: Cell, goal: Cell) -> int:
 
 def read_path(text: str, start: Cell) -> list[Cell]:
     """The cells of a path given as moves from the start or as cells; see GridPath. Raises Unreadable."""
-    parts: Sequence[Any] = read_json(text) if text.startswith(("[", "```")) else _split_moves(text)
-    if not isinstance(parts, list) or len(parts) > _MOST_CELLS:
-        raise Unreadable(f"it is no list of at most {_MOST_CELLS} moves or cells; give one")
+    if len(text) > _MOST_CHARACTERS:
+        raise Unreadable(f"it has {len(text)} characters; give at most {_MOST_CHARACTERS}")
+    text = unfenced(text)
+    parts: Sequence[Any] = read_json(text) if text.startswith("[") else _split_moves(text)
     if parts and isinstance(parts[0], list):
         return [_cell(part) for part in parts]
     path = [start]
@@ -170,9 +174,9 @@ def read_path(text: str, start: Cell) -> list[Cell]:
 
 
 def _split_moves(text: str) -> list[str]:
-    if len(text) > 8 * _MOST_CELLS:
-        raise Unreadable(f"it has {len(text)} characters; give at most {_MOST_CELLS} moves")
     words = text.lower().replace(",", " ").split()
+    if not words:
+        raise Unreadable("it has no move; give moves or cells, or [] to stay")
     return [move for word in words for move in (word if _RUN_OF_MOVES.fullmatch(word) else [word])]
 
 

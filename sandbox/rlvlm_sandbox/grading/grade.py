@@ -116,7 +116,8 @@ def _text(text: str | bytes) -> str:
 
 
 def _last_words(run: Run) -> str:
-    return run.detail or run.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2][:500]
+    said = run.detail or run.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2][:500]
+    return said or f"it ended with {run.outcome}"
 
 
 # ---- calls

@@ -23,8 +23,8 @@ _PARTS = {
     "weak": ("weak",),
     "session": ("wire", "peer", "session"),
 }
-# To compile them takes longer than a whole run: they go as byte code, which is the same interpreter's. By stdin, as even
-# to read a literal of that size takes a while.
+# To compile them takes longer than a whole run: they go as byte code, which is the same interpreter's. And by stdin, as
+# even to read a literal of that size takes a while.
 _BOOT = f"""
 import marshal, sys, types
 if sys.hexversion != {sys.hexversion}:

@@ -134,8 +134,9 @@ def parse(source: str, name: str) -> ast.Module:
             compile(source, name, "exec", dont_inherit=True)
             return ast.parse(source, name)
     except SyntaxError as error:
-        raise InvalidTests(f"{name}, line {error.lineno}: {error.msg}") from error
-    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, lone surrogates, nested too deep
+        place = f"{name}, line {error.lineno}" if error.lineno else name  # null bytes have no line
+        raise InvalidTests(f"{place}: {error.msg}") from error
+    except (ValueError, RecursionError, MemoryError) as error:  # lone surrogates, nested too deep
         raise InvalidTests(f"{name}: it does not compile: {error}") from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ from typing import Any
 
 SECRET = re.compile(rb"SECRET-[a-z]+-[0-9a-f]{32}")  # programs look for it without knowing it
 _PLACES = ("/", "/tmp", "/var/tmp", "/dev", "/dev/shm", "/dev/mqueue", "/etc", "/usr", "/usr/lib", "/run", "/proc")
-_LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_CORE)
 
 
 def secret(kind: str) -> str:
@@ -97,6 +95,7 @@ class Host:
         return subprocess.Popen(
             [secret("argv"), "1000"], executable="/bin/sleep", env={"TOKEN": secret("env")}, cwd="/", **other,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
 
     def _touched_sockets(self) -> Iterator[str]:
@@ -142,7 +141,7 @@ def _process(pid: int) -> tuple[Any, ...]:
         if fields[0] == "S" or time.monotonic() > end:
             break
     state, nice, priority, started = fields[0], fields[16], fields[15], fields[19]
-    limits = [resource.prlimit(pid, kind) for kind in _LIMITS]
+    limits = Path(f"/proc/{pid}/limits").read_text()
     oom = Path(f"/proc/{pid}/oom_score_adj").read_text().strip()
     return state, nice, priority, started, sorted(os.sched_getaffinity(pid)), os.sched_getscheduler(pid), limits, oom
 

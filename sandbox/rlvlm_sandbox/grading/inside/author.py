@@ -279,7 +279,7 @@ def _case(error: BaseException | None, peer: AuthorPeer) -> dict[str, Any]:
     if isinstance(error, ImportError) and error is not peer.last_raised:
         return {"invalid": f"{_place(error, 'tests')}: {type(error).__name__}: {error}"}
     is_candidates = error is None or isinstance(error, CandidateFailed) or error is peer.last_raised
-    said = peer.failure_said or _text(error)
+    said = peer.failure_said or (_text(error) if error else "")
     where = "" if error is None else f"{_place(error, 'tests')}: "
     by = "memory" if isinstance(error, MemoryError) else "candidate" if is_candidates else "tests"
     return {"passed": False, "by": by, "said": where + said}

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-import threading
 import time
+from _thread import RLock  # `threading` takes long to import
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -86,9 +86,12 @@ class RemoteCallable(Remote):
         return self._peer.call(self._number, args, kwargs)
 
 
-class RemoteIterator:
-    def __init__(self, peer: Peer, number: int) -> None:
-        self._peer, self._number = peer, number
+class RemoteIterator(Remote):
+    """ahead: whether more items may be fetched than are asked for."""
+
+    def __init__(self, peer: Peer, number: int, ahead: bool) -> None:
+        super().__init__(peer, number, "iterator")
+        self._ahead = ahead
         self._waiting: list[Any] = []  # last first
         self._taken = 0
         self._ended = False
@@ -98,7 +101,7 @@ class RemoteIterator:
 
     def __next__(self) -> Any:
         if not self._waiting and not self._ended:
-            wanted = 1 if self._taken < _ONE_BY_ONE else _CHUNK
+            wanted = _CHUNK if self._ahead and self._taken >= _ONE_BY_ONE else 1
             self._ended, items = self._peer.ask(["next", self._number, wanted])
             self._waiting = list(items)[::-1]
         if not self._waiting:
@@ -146,7 +149,7 @@ class Peer:
         self._given: list[object] = []
         self._numbers: dict[int, int] = {}  # id -> number; what is given stays alive, and so its id its own
         self._remotes: dict[int, Remote] = {}
-        self._turn = threading.RLock()
+        self._turn = RLock()
 
     # What a subclass decides.
 
@@ -187,12 +190,14 @@ class Peer:
         return self._remotes[number]
 
     def remote_number(self, value: object) -> int | None:
-        if type(value) in (Remote, RemoteCallable):
-            return int(value.__dict__["_number"])
-        return value._number if type(value) is RemoteIterator else None
+        return int(value._number) if isinstance(value, Remote) else None
 
-    def stream(self, number: int) -> Iterator[Any]:
-        return RemoteIterator(self, number)
+    def stream(self, number: int, ahead: bool) -> Iterator[Any]:
+        return RemoteIterator(self, number, ahead)
+
+    async def coroutine(self, number: int) -> Any:
+        """Runs to its end where it is, in one step of ours."""
+        return self.ask(["await", number])
 
     # Asking
 
@@ -242,6 +247,10 @@ class Peer:
             return self._done(getattr(target, name))
         if kind == "next":
             return self._done(self._stream_of(number).take(rest[0]))
+        if kind == "await":
+            import asyncio  # takes long, and is seldom needed
+
+            return self._done(asyncio.run(self.given(number)))  # type: ignore[arg-type]
         if kind != "call":
             raise WireError(f"a message is malformed: {kind!r}")
         (args, kwargs), objects = decode(rest[0], _numbered(list(enumerate(rest[1]))), self)

@@ -255,14 +255,15 @@ def _text(data: bytes) -> str:
 
 def _listen(channel: Channel, orders: queue.SimpleQueue[dict[str, Any]]) -> None:
     """A thread of its own: an interrupt has to arrive while the main thread is busy."""
-    main = threading.main_thread().ident or 0
     while True:
         try:
             order = channel.receive()
         except Gone:
             os._exit(0)
         if order["do"] == "interrupt":
-            signal.pthread_kill(main, signal.SIGINT)
+            # To the process: the kernel gives it to the main thread. By its number that cannot be reached, as libc does
+            # not know it any more after the fork server's own way to fork.
+            os.kill(os.getpid(), signal.SIGINT)
         else:
             orders.put(order)
 

@@ -7,14 +7,13 @@ what has been changed can be told from what has not.
 
 from __future__ import annotations
 
-import binascii
 import builtins
 import importlib
 import re
 import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 MAX_BYTES = 16 << 20  # of one message
@@ -35,7 +34,8 @@ class Links(Protocol):
     def given(self, number: int) -> object: ...
     def remote(self, number: int, name: str, called: bool) -> object: ...
     def remote_number(self, value: object) -> int | None: ...
-    def stream(self, number: int) -> Iterator[Any]: ...
+    def stream(self, number: int, ahead: bool) -> Iterator[Any]: ...
+    def coroutine(self, number: int) -> Coroutine[Any, Any, Any]: ...
     def class_name(self, kind: type) -> str | None: ...
     def find_class(self, name: str) -> type | None: ...
 
@@ -55,8 +55,11 @@ class NoLinks:
     def remote_number(self, value: object) -> int | None:
         return None
 
-    def stream(self, number: int) -> Iterator[Any]:
+    def stream(self, number: int, ahead: bool) -> Iterator[Any]:
         raise WireError("an iterator is no plain data")
+
+    def coroutine(self, number: int) -> Coroutine[Any, Any, Any]:
+        raise WireError("a coroutine is no plain data")
 
     def class_name(self, kind: type) -> str | None:
         return None
@@ -194,6 +197,8 @@ class _Encoder:
             return self._put(value)
         if hasattr(kind, "__next__") and hasattr(kind, "__iter__"):
             return self._stream(kind, value, depth)
+        if kind is types.CoroutineType:
+            return ["A", self.links.give(value)]
         name = str(getattr(value, "__name__", None) or kind.__name__)
         return ["p", self.links.give(value), name[:100], callable(value)]
 
@@ -201,10 +206,11 @@ class _Encoder:
         return ["k", name, *(self.value(item, depth + 1) for item in _MADE[name](value))]
 
     def _stream(self, kind: type, value: Any, depth: int) -> Any:
-        """Iterators that are sure to end go whole, others item by item as they are asked for."""
+        """Iterators that are sure to end go whole, others item by item as they are asked for; or some ahead, where
+        nothing else can be asked of them."""
         if kind in _FINITE:
             return ["I", None, *(self.value(item, depth + 1) for item in value)]
-        return ["I", self.links.give(value)]
+        return ["I", self.links.give(value), kind.__module__ in ("builtins", "itertools")]
 
     def _numpy(self, value: Any) -> Any:
         numpy: Any = sys.modules["numpy"]
@@ -265,6 +271,8 @@ def _slots(kind: type) -> dict[str, Any]:
 
 
 def _text_of(data: bytes | bytearray) -> str:
+    import binascii  # takes long, and is seldom needed
+
     return binascii.b2a_base64(data, newline=False).decode()
 
 
@@ -281,7 +289,7 @@ def _is_text(text: str) -> bool:
 
 class _Decoder:
     def __init__(self, links: Links, own: Mapping[int, object]) -> None:
-        self._links = links
+        self.links = links
         self.objects: dict[int, Any] = dict(own)
 
     def add(self, entries: Mapping[int, Entry], fill: bool) -> None:
@@ -319,13 +327,13 @@ class _Decoder:
         if tag == "n":
             return _array(parts[0], parts[2]).reshape(parts[1]).copy()
         if tag == "o":
-            kind = self._links.find_class(parts[0])
-            return self._links.remote(int(parts[1]), str(parts[0]), False) if kind is None else object.__new__(kind)
+            kind = self.links.find_class(parts[0])
+            return self.links.remote(int(parts[1]), str(parts[0]), False) if kind is None else object.__new__(kind)
         return _EMPTY[tag]()
 
     def _fill(self, target: Any, entry: Entry) -> None:
         tag, *parts = entry
-        if self._links.remote_number(target) is not None:
+        if self.links.remote_number(target) is not None:
             return
         kind = type(target)
         if tag == "n":
@@ -333,7 +341,7 @@ class _Decoder:
                 raise WireError("an array came back with another shape")
             target[...] = _array(parts[0], parts[2]).reshape(parts[1])
         elif tag == "o":
-            if self._links.class_name(kind) != parts[0]:
+            if self.links.class_name(kind) != parts[0]:
                 raise WireError(f"an object came back as {parts[0]}")
             _set_attributes(target, _pairs(self.values(parts[2:])))
         elif tag == "B":
@@ -365,14 +373,14 @@ class _Decoder:
         return getattr(importlib.import_module(module), kind)(*values)
 
     def stream(self, parts: list[Any]) -> Iterator[Any]:
-        return iter(self.values(parts[1:])) if parts[0] is None else self._links.stream(int(parts[0]))
+        return iter(self.values(parts[1:])) if parts[0] is None else self.links.stream(int(parts[0]), bool(parts[1]))
 
     def member(self, parts: list[Any]) -> Any:
-        kind: Any = self._links.find_class(parts[0])
+        kind: Any = self.links.find_class(parts[0])
         return self.value(parts[2]) if kind is None else kind.__members__[parts[1]]
 
     def record(self, parts: list[Any]) -> Any:
-        kind = self._links.find_class(parts[0])
+        kind = self.links.find_class(parts[0])
         items = self.values(parts[1:])
         return tuple(items) if kind is None or not issubclass(kind, tuple) else tuple.__new__(kind, items)
 
@@ -383,10 +391,10 @@ class _Decoder:
         return dict.fromkeys(uncrowded(items)).keys() if parts[0] == "keys" else dict(items).items()
 
     def remote(self, parts: list[Any]) -> Any:
-        return self._links.remote(int(parts[0]), str(parts[1]), bool(parts[2]))
+        return self.links.remote(int(parts[0]), str(parts[1]), bool(parts[2]))
 
     def given(self, parts: list[Any]) -> Any:
-        return self._links.given(int(parts[0]))
+        return self.links.given(int(parts[0]))
 
 
 _EMPTY: dict[str, Callable[[], Any]] = {
@@ -402,6 +410,7 @@ _READERS: dict[str, Callable[[_Decoder, list[Any]], Any]] = {
     "N": lambda decoder, parts: _array(parts[0], parts[1])[0],
     "k": _Decoder.typed,
     "I": _Decoder.stream,
+    "A": lambda decoder, parts: decoder.links.coroutine(int(parts[0])),
     "E": _Decoder.member,
     "u": _Decoder.record,
     "v": _Decoder.view,
@@ -422,6 +431,8 @@ def _pairs(flat: list[Any]) -> list[tuple[Any, Any]]:
 
 
 def _bytes_of(text: str) -> bytes:
+    import binascii
+
     return binascii.a2b_base64(text)
 
 
