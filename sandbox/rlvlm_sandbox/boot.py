@@ -131,7 +131,7 @@ def run(code: bytes, file: str, packages: list[str]) -> None:
     for name in ("exit", "quit"):  # all of `site` that programs use
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     main = sys.modules["__main__"].__dict__
-    for name in ("TYPE_CHECKING", "boot", "enclose", "fork_from_init", "take_code", "limit", "run"):
+    for name in ("TYPE_CHECKING", "marshal", "boot", "enclose", "fork_from_init", "take_code", "limit", "run"):
         del main[name]
     main.update(__doc__=None, __file__=file)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import marshal
 import math
 import os
 import signal
@@ -27,7 +28,9 @@ _ACCOUNT_S = 0.2  # for init to reap the program that was killed
 _GRACE_S = 10.0  # for what was killed to be gone
 _STACK_BYTES = 64 << 20  # 50,000 honest frames of recursion through C
 _PIPE_BYTES = 1 << 20  # so that a program does not stand still where our event loop does
-_BOOT = Path(__file__).with_name("boot.py").read_text()
+# Compiled once, and not by every run: for an interpreter of our own version, as all images have.
+_BOOT_FILE = Path(__file__).with_name("boot.py")
+_BOOT = marshal.dumps(compile(_BOOT_FILE.read_text(), "boot", "exec", dont_inherit=True, optimize=2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ class Boot:
             "code": code, "ready": ready, "channel": program.channel, "walls": walls, "limits": self._rlimits(limits),
             "argv": [*self.argv], "file": self.file, "packages": [*self.packages],
         }  # fmt: skip
-        return ["-I", "-S", "-B", "-c", f"{_BOOT}boot(**{order!r})"]
+        text = f"import marshal; exec(marshal.loads({_BOOT!r})); boot(**{order!r})"
+        return ["-I", "-S", "-B", "-c", text]
 
     def _rlimits(self, limits: Limits) -> list[tuple[str, int, int]]:
         """(name, soft, hard) as for setrlimit(2)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -132,6 +133,18 @@ PROBLEMS = {
         "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n"
         "    def pop(self): return self.items.pop()", ("items.pop()", "items.pop(0)"),
     ),
+    "operators of a class": (
+        "V", "", "assert V(1, 2) + V(2, 2) == V(3, 4)\nassert V(1, 2) != V(2, 1)\nv = V(5, 6)\nv[1] = 8\n"
+        "assert str(v) == 'V(5, 8)' and len(v) == 2 and list(v) == [5, 8] and v[0] == 5 and 8 in v and 6 not in v",
+        "class V:\n    def __init__(s, *x): s.x = list(x)\n    def __add__(s, o): return V(*map(sum, zip(s.x, o.x)))\n"
+        "    def __eq__(s, o): return s.x == o.x\n    def __str__(s): return f'V({s.x[0]}, {s.x[1]})'\n"
+        "    def __len__(s): return len(s.x)\n    def __getitem__(s, i): return s.x[i]\n"
+        "    def __setitem__(s, i, x): s.x[i] = x", ("s.x[i] = x", "pass"),
+    ),
+    "a match": (
+        "f", "", "assert f('abc').group(0) == 'ab'\nassert not f('b')\nassert f('ab')",
+        "import re\ndef f(s): return re.match('a.', s)", ("'a.'", "'.'"),
+    ),
     "recursion 50,000 deep": (
         "f", "", "assert f(50_000) == 50_000",
         "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)", ("1 + f", "2 + f"),
@@ -215,6 +228,42 @@ def test_arguments_are_the_authors_until_the_statement_ends(grader: Grader) -> N
     assert grader("def f(xs):\n    xs.clear()\n    return []", tests).passed == 0
     assert grader("def f(xs): return sorted(xs)", tests).passed == 1
     assert grader("def f(xs):\n    xs.sort()\n    return xs", tests).passed == 1
+
+
+def test_operators_are_not_asked_where_they_would_decide(grader: Grader) -> None:
+    lie = "class A:\n    def __getattr__(s, name): return 0\n    def __sub__(s, o): return 0\n    __eq__ = lambda s, o: True\n"
+    for source in (
+        "assert f(1) == 2",
+        "assert abs(f(1) - 2) < 1e-6",
+        "assert f(1) == g(1)\ng = abs",
+        "assert f(1) == f(2)",
+    ):
+        verdict = grader(lie + "def f(x): return A()", AssertTests(f"g = int\n{source}", "f"))
+        assert verdict.passed == 0, source
+    for source in ("assert f(1) == 2", "assert abs(f(1) - 2) < 1e-6"):
+        assert (
+            grader(lie.replace("class A", "class f") + "    def __init__(s, x): pass", AssertTests(source, "f")).passed
+            == 0
+        )
+
+
+def test_cancelled_gradings_leave_nothing(grader: Grader) -> None:
+    tests = AssertTests("assert f(1) == 1", "f")
+
+    async def main() -> None:
+        for pause in (0.0, 0.002, 0.01, 0.1):
+            task = asyncio.ensure_future(grader.sandbox.grade("while True: pass", tests, QUICK))
+            await asyncio.sleep(pause)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        verdicts = [grader.sandbox.grade("def f(x): return x", tests, QUICK) for _ in range(12)]
+        assert all(verdict.passed for verdict in await asyncio.gather(*verdicts))
+
+    grader.loop.run(main())
+    before = len(os.listdir("/proc/self/fd"))
+    grader.loop.run(main())
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_split_counts_each_assert(grader: Grader) -> None:

@@ -51,7 +51,7 @@ class Math:
         try:
             outcome = await asyncio.wrap_future(pool.ask(self.workers, self.timeout_s, question))
         except PoolBroken as error:
-            detail = f"math: {error}; is math-verify installed (rlvlm-rewards[math])?"
+            detail = f"math: {error}; is math-verify installed?"
             return Score(failure=Failure.INFRASTRUCTURE, detail=detail)
         return _score(sample, outcome)
 

@@ -64,7 +64,7 @@ class ChartTable:
 
     A table is markdown, CSV (commas or tabs), or JSON: {row: {column: value}}, a list of objects whose first key is
     that of the row header, or a list of lists. Otherwise its first line has the column headers and its first column the
-    row headers. Nothing but the table stands in the answer. Empty cells are none; signs of currency and per cent in a
+    row headers; no line is longer than the first. Nothing but the table stands in the answer. Empty cells are none; signs of currency and per cent in a
     cell do not count. An answer with more than ten times the reference's cells is worth 0.
 
     tolerance: a number is right within this share of the reference; a text is right if equal after normalisation.
@@ -127,7 +127,9 @@ def read_table(text: str, most: int = _MOST_HEADERS**2) -> Table:
         raise Unreadable(f"it has {len(text)} characters; give at most {_MOST_CHARACTERS}")
     text = unfenced(text)
     grid = _json_rows(read_json(text)) if text.startswith(("[", "{")) else _text_rows(text)
-    width = max(map(len, grid), default=0)
+    width = len(grid[0]) if grid else 0
+    if any(len(row) > width for row in grid):
+        raise Unreadable("a line of it has more cells than the first, which has the headers")
     if not 1 < len(grid) <= _MOST_HEADERS or not 1 < width <= _MOST_HEADERS:
         raise Unreadable(f"it has {len(grid)} lines and {width} columns; give 2 to {_MOST_HEADERS} of both")
     cells = {(y, x): cell for y, row in enumerate(grid[1:]) for x, cell in enumerate(row[1:]) if cell not in (None, "")}
@@ -136,8 +138,9 @@ def read_table(text: str, most: int = _MOST_HEADERS**2) -> Table:
     values = {place: value for place, cell in cells.items() if (value := _value(cell)) is not None}
     if not values:
         raise Unreadable(f"it has no value in any cell; {_FORMS} with values")
-    columns = [*grid[0][1:], *[None] * (width - max(len(grid[0]), 1))]
-    return Table([_header(row[0] if row else None) for row in grid[1:]], [_header(cell) for cell in columns], values)
+    return Table(
+        [_header(row[0] if row else None) for row in grid[1:]], [_header(cell) for cell in grid[0][1:]], values
+    )
 
 
 def _header(cell: Any) -> str:

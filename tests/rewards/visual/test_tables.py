@@ -50,7 +50,7 @@ def test_forms_of_a_table(answer: str) -> None:
         ("Year,Sales,Costs,More\n2010,100,20,1\n2011,200,40,1\n2012,400,80,1", 2 * 6 / 15),
         ("Year,Sales,Costs\n2010,100,20", 2 * 2 / 8),
         ("Year,Sales,Costs\n2010,100,\n2011,200,\n2012,400", 2 * 3 / 9),  # empty cells are none
-        ("Year,Sales,Costs\n2010,100,20,9\n2011,200,40\n2012,400,80", 2 * 6 / 13),  # one that is in no column
+        ("Year,Sales,Costs\n2010,100,20,9\n2011,200,40\n2012,400,80", 0.0),  # a cell that is in no column: no table
         ("Year,Sales,Costs\n2010,20,100\n2011,40,200\n2012,80,400", 0.0),  # under the wrong headers
         ("Year,Sale,Costs\n2010,100,20\n2011,200,40\n2012,400,80", (3 + 3 * 0.8) / 6),  # 1 of 5 letters is missing
         ("Year,Imports,Debt\n2010,100,20\n2011,200,40\n2012,400,80", 0.0),

@@ -242,7 +242,7 @@ _CRASHES = [
     Case(
         "endless recursion without Python's limit",
         "import sys\nsys.setrecursionlimit(1 << 30)\ndef f(): f()\nf()",
-        outcomes=("memory", "signal", "runtime_error"),  # CPython 3.11 loses the MemoryError: "SystemError: error return"
+        outcomes=("memory", "signal", "runtime_error"),  # of CPython 3.11 a SystemError, where it loses the MemoryError
         limits={"wall_s": 8.0, "memory_bytes": 100 * MIB},
         within_s=8,
     ),
@@ -296,7 +296,7 @@ while True: pass
         outcomes=("time",),
         limits={"cpu_s": 1, "wall_s": 6},
         exit_code=-9,
-        within_s=4,
+        within_s=8,
     ),
     Case(
         "SIGXCPU caught",
@@ -312,7 +312,7 @@ while True:
 """,
         outcomes=("time",),
         limits={"cpu_s": 1, "wall_s": 6},
-        within_s=4,
+        within_s=8,
     ),
     Case("stopped", "import os; os.kill(os.getpid(), 19)", outcomes=("time",), limits=SHORT, within_s=2, told=False),
     Case(
@@ -465,8 +465,8 @@ for place in ("", "/usr", "/usr/lib", "/etc", "/dev", "/proc", "/bin", "/lib", "
     attempt("link in " + place, os.symlink, "/", f"{place}/{name}")
 for path in ("/etc/passwd", "/etc/ld.so.cache", "/usr/bin/env", "/bin/sh", sys.executable, os.__file__,
              "/proc/sysrq-trigger", "/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern",
-             "/proc/sys/vm/drop_caches", "/proc/1/oom_score_adj", "/proc/1/mem", "/proc/1/uid_map", "/proc/kcore", "/dev/mem", "/dev/kmsg",
-             "/dev/tty", "/dev/sda", "/dev/vda", "/sys/power/state"):
+             "/proc/sys/vm/drop_caches", "/proc/1/oom_score_adj", "/proc/1/mem", "/proc/1/uid_map", "/proc/kcore",
+             "/dev/mem", "/dev/kmsg", "/dev/tty", "/dev/sda", "/dev/vda", "/sys/power/state"):
     attempt("change " + path, os.open, path, os.O_WRONLY)
 for path in ("/usr/bin/env", "/bin", sys.executable, os.__file__, "/dev/null", "/"):
     attempt("chmod " + path, os.chmod, path, os.stat(path).st_mode & 0o7777)  # nothing lost where it gets through
@@ -724,7 +724,7 @@ for number in signal.Signals:
     quietly(syscall, (200, 130), 1, int(number))
 for name in ("CPU", "FSIZE", "NOFILE", "AS", "DATA"):
     quietly(resource.prlimit, 1, getattr(resource, "RLIMIT_" + name), (0, 0))
-for name in ("mem", "environ", "root", "cwd", "maps", "auxv", "fd", "fd/0", "fd/3", "fd/16", "exe"):
+for name in ("mem", "environ", "root", "cwd", "maps", "auxv", "fd/0", "fd/3", "fd/16", "exe"):
     attempt(name, os.open, f"/proc/1/{name}", os.O_RDONLY)
     attempt(name, os.open, f"/proc/1/{name}", os.O_RDWR)
 attempt("attach", syscall, (101, 117), 16, 1, 0, 0)

@@ -259,10 +259,12 @@ def _meet(peer: AuthorPeer, entry_point: str, tests: Tests, module: types.Module
         hello = peer.hello()
         if hello[0] != "ready":
             verdict.end(unloaded=str(hello[-1]), memory="MemoryError" in hello[1])
+        peer.named.add(entry_point)
         missing = tests.missing_names - {entry_point, *dir(builtins), *module.__dict__}
         if missing:
             for name, value in peer.ask(["names", sorted(missing)]):
                 if name in missing:
+                    peer.named.add(name)
                     module.__dict__[name] = value
     except BaseException as error:  # noqa: BLE001 (nothing here is the author's: it did not load, or forges)
         verdict.end(died=True, said="" if isinstance(error, Gone) else f"{type(error).__name__}: {error}"[:500])
