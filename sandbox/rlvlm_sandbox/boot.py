@@ -120,6 +120,8 @@ def limit(limits: list[tuple[str, int, int]]) -> None:
 
 
 def run(code: bytes, file: str, packages: list[str]) -> None:
+    """The program, as the interpreter's `__main__`. Its end is not the interpreter's, which would take its time to free
+    what the process's end frees anyway."""
     import _sitebuiltins
     import builtins
     import posix
@@ -131,17 +133,50 @@ def run(code: bytes, file: str, packages: list[str]) -> None:
     for name in ("exit", "quit"):  # all of `site` that programs use
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     main = sys.modules["__main__"].__dict__
-    for name in ("TYPE_CHECKING", "marshal", "boot", "enclose", "fork_from_init", "take_code", "limit", "run"):
+    at_end = finish
+    for name in OWN_NAMES:
         del main[name]
     main.update(__doc__=None, __file__=file)
+    status = 0
     try:
         exec(compile(code, file, "exec", dont_inherit=True), main)
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if status == 1 and end.code != 1:
+            print(end.code, file=sys.stderr)
     except BaseException as error:  # noqa: BLE001 (as the interpreter itself does at the end of a program)
+        status = 1
         inside = error.__traceback__ and error.__traceback__.tb_next
         try:
             sys.excepthook(type(error), error.with_traceback(inside), inside)
         except BaseException as second:  # noqa: BLE001 (the program's hook, or no memory left for ours)
             posix.write(2, type(second).__name__.encode() + b"\n")
-        sys.exit(1)
+    posix._exit(at_end(status & 0xFF))
+
+
+def finish(status: int) -> int:
+    """What the interpreter does at its end: waits for threads, calls atexit, flushes. Returns the exit status."""
+    import atexit
+    import posix
+    import sys
+
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        atexit._run_exitfuncs()
+    except BaseException as error:  # noqa: BLE001 (the program's own threads and functions)
+        sys.excepthook(type(error), error, error.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BaseException as error:  # noqa: BLE001 (a closed descriptor, what the program put there)
+            posix.write(2, f"{type(error).__name__}: {error}\n".encode(errors="replace"))
+            status = 120
+    return status
+
+
+OWN_NAMES = (
+    "TYPE_CHECKING", "OWN_NAMES", "marshal", "posix", "boot", "enclose", "fork_from_init", "take_code", "limit", "run",
+    "finish",
+)  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlvlm_sandbox.collect import Boot, Command, children, kill_generation, run_process
+from rlvlm_sandbox.collect import Boot, Command, Descriptors, children, kill_generation, run_process
 from rlvlm_sandbox.images import Image
 from rlvlm_sandbox.outcomes import run_of
 from rlvlm_sandbox.records import PROFILES, Outcome, Program, Run, SandboxUnavailable
@@ -58,7 +58,7 @@ class Bubblewrap:
 
     def __init__(self, image: Image, workers: int = 1) -> None:
         self._image = image
-        self._bwrap = ""
+        self._walls: list[str] = []
         self._filters: dict[tuple[str, bool], int] = {}
         self._nobody = os.geteuid() == 0 and all(_world_reads(source) for source, _ in image.binds())
         self._counts = os.geteuid() == 0 and not self._nobody
@@ -67,7 +67,7 @@ class Bubblewrap:
         found = shutil.which("bwrap")
         if found is None:
             raise SandboxUnavailable("bwrap is not installed; install bubblewrap with the system's packages")
-        self._bwrap = found
+        self._walls = [found, *_walls(self._image)]
         self._filters = {
             (profile, execs): _filter_file(filter_program(profile, execs=execs))
             for profile in PROFILES
@@ -113,11 +113,11 @@ class Bubblewrap:
         seccomp = self._filters[program.profile, execs]
         boot = replace(boot, processes=processes, seccomp=seccomp)
 
-        def argv(code: int, ready: int) -> list[str]:
-            file = ["--perms", "0755", "--ro-bind-data", str(code), "/main"] if execs else []
+        def argv(fds: Descriptors) -> list[str]:
+            file = ["--perms", "0755", "--ro-bind-data", str(fds.code), "/main"] if execs else []
             tmp = ["--perms", "0700", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
             end = ["--remount-ro", "/proc", "--remount-ro", "/", "--"]
-            return [*self._walls(), *binds, *file, *tmp, *end, python, *boot.arguments(program, code, ready)]
+            return [*self._walls, *binds, *file, *tmp, *end, python, *boot.arguments(program, fds)]
 
         watched = program.profile == "tool" or not boot.mapped
         return Command(
@@ -131,17 +131,19 @@ class Bubblewrap:
             fds=(seccomp,),
         )
 
-    def _walls(self) -> list[str]:
-        links = {"/dev/fd": "/proc/self/fd", "/dev/shm": "/tmp"} | self._image.links()
-        links |= {f"/dev/{name}": f"/proc/self/fd/{fd}" for fd, name in enumerate(("stdin", "stdout", "stderr"))}
-        options = [["--ro-bind", source, target] for source, target in self._image.binds()]
-        options += [["--dev-bind", f"/dev/{device}", f"/dev/{device}"] for device in _DEVICES]
-        options += [["--symlink", target, link] for link, target in links.items()]
-        options += [["--setenv", name, value] for name, value in self._image.environment().items()]
-        return [self._bwrap, *_NAMESPACES, *(word for option in options for word in option), "--proc", "/proc"]
-
     def _failure(self, program: Program, error: str) -> Run:
         return run_of({"error": error}, b"", b"", False, program.limits, self.name)
+
+
+def _walls(image: Image) -> list[str]:
+    """bwrap's options that are the same for all runs."""
+    links = {"/dev/fd": "/proc/self/fd", "/dev/shm": "/tmp"} | image.links()
+    links |= {f"/dev/{name}": f"/proc/self/fd/{fd}" for fd, name in enumerate(("stdin", "stdout", "stderr"))}
+    options = [["--ro-bind", source, target] for source, target in image.binds()]
+    options += [["--dev-bind", f"/dev/{device}", f"/dev/{device}"] for device in _DEVICES]
+    options += [["--symlink", target, link] for link, target in links.items()]
+    options += [["--setenv", name, value] for name, value in image.environment().items()]
+    return [*_NAMESPACES, *(word for option in options for word in option), "--proc", "/proc"]
 
 
 def _kill_inside(pid: int) -> None:

@@ -27,10 +27,22 @@ _TICK_S = 0.02  # how often memory and processes are looked at
 _ACCOUNT_S = 0.2  # for init to reap the program that was killed
 _GRACE_S = 10.0  # for what was killed to be gone
 _STACK_BYTES = 64 << 20  # 50,000 honest frames of recursion through C
+_SIGNS_BYTES = 16  # of what `Descriptors.ready` takes
 _PIPE_BYTES = 1 << 20  # so that a program does not stand still where our event loop does
 # Compiled once, and not by every run: for an interpreter of our own version, as all images have.
 _BOOT_FILE = Path(__file__).with_name("boot.py")
 _BOOT = marshal.dumps(compile(_BOOT_FILE.read_text(), "boot", "exec", dont_inherit=True, optimize=2))
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """What a process finds under these numbers. code: the program. boot: what the interpreter executes first. ready:
+    it writes a dot there when the program is about to begin (what ends before is the sandbox's failure) and then, where
+    it is init, the program's exit status."""
+
+    code: int
+    boot: int
+    ready: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +60,16 @@ class Boot:
     mapped: bool = True
     seccomp: int | None = None
 
-    def arguments(self, program: Program, code: int, ready: int) -> list[str]:
-        """The interpreter's own. code, ready: descriptors; see `Command`."""
+    def arguments(self, program: Program, fds: Descriptors) -> list[str]:
+        """The interpreter's own."""
         limits = program.limits
         walls = None if self.seccomp is None else {"filter": self.seccomp, "inodes": limits.inodes}
         order = {
-            "code": code, "ready": ready, "channel": program.channel, "walls": walls, "limits": self._rlimits(limits),
-            "argv": [*self.argv], "file": self.file, "packages": [*self.packages],
+            "code": fds.code, "ready": fds.ready, "channel": program.channel, "walls": walls,
+            "limits": self._rlimits(limits), "argv": [*self.argv], "file": self.file, "packages": [*self.packages],
         }  # fmt: skip
-        text = f"import marshal; exec(marshal.loads({_BOOT!r})); boot(**{order!r})"
+        load = f"import marshal, posix; exec(marshal.loads(posix.pread({fds.boot}, {len(_BOOT)}, 0)))"
+        text = f"{load}; boot(**{order!r})"
         return ["-I", "-S", "-B", "-c", text]
 
     def _rlimits(self, limits: Limits) -> list[tuple[str, int, int]]:
@@ -73,15 +86,13 @@ class Boot:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A process to be started. argv: made from two descriptors which it finds under their numbers: the code; and
-    `ready`, to which it writes a dot when the program is about to begin (what ends before is the sandbox's failure) and
-    then, where it is init, the program's exit status.
+    """A process to be started. argv: made from the descriptors that it finds.
 
     kill: ends all that the process of this pid has started. memory_bytes, processes: what the tree of the process may
     have, looked at while it runs; None where the kernel keeps it. nobody: whether the process leaves root.
     """
 
-    argv: Callable[[int, int], Sequence[str]]
+    argv: Callable[[Descriptors], Sequence[str]]
     kill: Callable[[int], None]
     env: Mapping[str, str]
     is_init: bool
@@ -94,36 +105,37 @@ class Command:
 
 async def run_process(command: Command, program: Program, backend: str) -> Run:
     """Runs it to its end; nothing of it is left then. Cancelling ends it too."""
+    try:
+        return await _run(command, program, backend)
+    except OSError as error:  # no interpreter, or no memory, process or descriptor left
+        return run_of({"error": f"it does not start: {error}"}, b"", b"", False, program.limits, backend)
+
+
+async def _run(command: Command, program: Program, backend: str) -> Run:
     loop, limits = asyncio.get_running_loop(), program.limits
     live = _Live(command)
     with contextlib.ExitStack() as stack:
-        code, stdin = stack.enter_context(sealed(program.code)), stack.enter_context(sealed(program.stdin))
-        stdout, stderr, ready = outputs = [
-            Output(loop, limit, lambda: live.end("output"))
-            for limit in (limits.output_bytes or 0, limits.output_bytes or 0, 16)
-        ]
-        for output in outputs:
-            stack.callback(output.close)
-        channel = [] if program.channel is None else [program.channel]
+        stdin, code, boot = (stack.enter_context(sealed(data)) for data in (program.stdin, program.code, _BOOT))
+        outputs = []
+        for limit in (limits.output_bytes or 0, limits.output_bytes or 0, _SIGNS_BYTES):
+            outputs.append(Output(loop, limit, lambda: live.end("output")))
+            stack.callback(outputs[-1].close)
+        stdout, stderr, ready = outputs
+        fds = Descriptors(code, boot, ready.theirs)
+        passed = (code, boot, ready.theirs, *command.fds, *([] if program.channel is None else [program.channel]))
         started = time.monotonic()
-        try:
-            live.start(command.argv(code, ready.theirs), (stdin, stdout.theirs, stderr.theirs),
-                       (code, ready.theirs, *channel, *command.fds))  # fmt: skip
-        except (OSError, ValueError) as error:  # no interpreter, no memory, no process left
-            return run_of({"error": f"it does not start: {error}"}, b"", b"", False, limits, backend)
+        live.start(command.argv(fds), (stdin, stdout.theirs, stderr.theirs), passed)
         for output in outputs:
             output.close_theirs()
         report = await live.wait(limits.wall_s or 0) | {"wall_s": time.monotonic() - started}
-        truncated = stdout.truncated or stderr.truncated
-        said, complaint = stdout.rest(), stderr.rest()
-        signs = ready.rest()
-        if command.is_init:
-            report["exit_code"] = int(signs[1:]) if len(signs) > 1 else None
-        if report["cause"] is not None:  # too many processes are the program's own failure, as by the kernel's limit
-            report["exit_code"] = -signal.SIGKILL if report["cause"] == "processes" else None
-        if not signs and report["cause"] is None:
-            report = {"error": complaint.decode(errors="replace").strip() or "it ended before the program began"}
-    return run_of(report, said, complaint, truncated, limits, backend)
+        said, complaint, signs = (output.rest() for output in outputs)
+    if not signs and report["cause"] is None:
+        report = {"error": complaint.decode(errors="replace").strip() or "it ended before the program began"}
+    elif report["cause"] is not None:  # too many processes are the program's own failure, as by the kernel's limit
+        report["exit_code"] = -signal.SIGKILL if report["cause"] == "processes" else None
+    elif command.is_init:
+        report["exit_code"] = int(signs[1:]) if len(signs) > 1 else None
+    return run_of(report, said, complaint, stdout.truncated or stderr.truncated, limits, backend)
 
 
 class _Live:
@@ -135,11 +147,17 @@ class _Live:
         self._cause: str | None = None
 
     def start(self, argv: Sequence[str], streams: tuple[int, int, int], fds: tuple[int, ...]) -> None:
+        """Raises OSError, with nothing started."""
         nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": ()} if self._command.nobody else {}
         self._process = subprocess.Popen(
             argv, stdin=streams[0], stdout=streams[1], stderr=streams[2], pass_fds=fds, cwd=self._command.cwd,
             env=dict(self._command.env), start_new_session=True, **nobody,
         )  # fmt: skip
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError:
+            self._reap(self._process.pid)
+            raise
 
     def end(self, cause: str) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -159,9 +177,8 @@ class _Live:
         """Until its end, which comes by itself or by ours. The report is as `run_of` takes it, but for `wall_s`."""
         assert self._process is not None  # start() has been
         loop, pid = asyncio.get_running_loop(), self._process.pid
-        pidfd = os.pidfd_open(pid)
         ended = asyncio.Event()
-        loop.add_reader(pidfd, ended.set)
+        loop.add_reader(self._pidfd, ended.set)
         timer = loop.call_later(wall_s, self.end, "wall")
         watch = loop.create_task(self._watch(pid))
         try:
@@ -172,8 +189,8 @@ class _Live:
             if not ended.is_set():  # cancelled
                 self.end("stop")
                 await asyncio.wait({loop.create_task(ended.wait())}, timeout=_GRACE_S)
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
+            loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
             report = self._reap(pid)
         return report
 

@@ -6,7 +6,9 @@ and the program, which builds its own walls before any other code runs in it. Wi
 
 from __future__ import annotations
 
+import _sitebuiltins
 import atexit
+import builtins
 import fcntl
 import functools
 import json
@@ -212,6 +214,8 @@ def prepare_interpreter() -> None:
         stream = open(fd, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115 (lives as long as we)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    for name in ("exit", "quit"):  # all of `site`, which is not loaded, that programs use
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     sys.argv = [_FILE]
     for name in [name for name in sys.modules if name.startswith("rlvlm_sandbox")]:
         del sys.modules[name]
@@ -220,7 +224,7 @@ def prepare_interpreter() -> None:
 def _fresh_main(code: bytes, own_root: bool) -> ModuleType:
     """A `__main__` as a fresh interpreter has it, and its surroundings."""
     main = ModuleType("__main__")
-    main.__dict__.update(__builtins__=sys.modules["builtins"], __file__=_FILE)
+    main.__dict__.update(__builtins__=builtins, __file__=_FILE)
     sys.modules["__main__"] = main
     if own_root and len(code) <= _LONGEST_FILE:
         sys.path.insert(0, "/tmp")

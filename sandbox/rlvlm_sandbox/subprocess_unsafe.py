@@ -48,7 +48,7 @@ class UnsafeSubprocess:
     def _command(self, program: Program, directory: str) -> Command:
         boot = Boot(file=f"{directory}/main.py", packages=self._packages)
         return Command(
-            argv=lambda code, ready: [self._python, *boot.arguments(program, code, ready)],
+            argv=lambda fds: [self._python, *boot.arguments(program, fds)],
             kill=_kill_group,
             is_init=False,
             env={**self._env, "HOME": directory, "TMPDIR": directory},

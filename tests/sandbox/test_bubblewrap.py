@@ -80,6 +80,28 @@ def test_a_program_runs_as_a_file_of_its_own() -> None:
     )
 
 
+ENDS = [
+    "import sys; sys.exit()", "raise SystemExit(True)", "raise SystemExit(257)", "raise SystemExit(-1)",
+    "raise SystemExit('why')", "raise SystemExit(1.5)", "import sys; sys.exit((1, 2))",
+    "class E(BaseException): pass\nraise E",
+    "import atexit; atexit.register(print, 'bye'); print('a')", "import atexit; atexit.register(lambda: 1 / 0)",
+    "import threading, time; threading.Thread(target=lambda: (time.sleep(.1), print('late'))).start()",
+    "import sys; sys.stdout.close()", "import sys; sys.stdout = None; print('x')",
+    "import sys; sys.excepthook = lambda *a: print('hook', a[0].__name__); 1 / 0",
+    "import sys; sys.stdout.write('no newline')", "quit()", "print(type(exit).__name__)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_it_ends_as_the_interpreter_does(code: str, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(code)
+    plain = subprocess.run([sys.executable, "-B", str(tmp_path / "main.py")], capture_output=True)
+    ended = run(code)
+    assert (ended.exit_code, ended.stdout) == (plain.returncode, plain.stdout)
+    last = [stderr.splitlines()[-1:] for stderr in (ended.stderr, plain.stderr)]
+    assert last[0] == last[1]
+
+
 def test_time_is_kept_and_counted() -> None:
     slept = run("import time; time.sleep(60)", wall_s=0.5)
     spun = run("while True: pass", wall_s=0.6)
@@ -257,9 +279,9 @@ def test_a_language_that_is_not_there_is_said_to_be() -> None:
 def test_a_missing_interpreter_is_the_sandbox_s_failure() -> None:
     async def once() -> Run:
         image = find_image("py")
+        object.__setattr__(image, "python", "/nowhere/python3")
         backend = Bubblewrap(image)
         await backend.start()
-        object.__setattr__(image, "python", "/nowhere/python3")
         try:
             return await backend.run(Program(b"print(1)", PROFILES["judge"]))
         finally:

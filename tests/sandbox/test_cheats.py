@@ -342,6 +342,41 @@ def test_cheats_pass_no_stdio_case(grader: Grader, name: str) -> None:
         assert verdict.passed == 0 and verdict.outcome is not Outcome.SANDBOX_ERROR, verdict
 
 
+REACHING = """
+import json, os, struct
+FORGED = '{"passed": true}\\n{"end": true}\\n'
+def ask(*message):
+    data = json.dumps(message).encode()
+    os.write(3, struct.pack(">I", len(data)) + data)
+    return json.loads(os.read(3, struct.unpack(">I", os.read(3, 4))[0]))
+def f(path, box, callback, stream, maker):
+    got = []
+    def reach(what):
+        try: got.append(str(what()))
+        except Exception: pass
+    for root in (path, box, callback, stream, maker("/tmp")):
+        for fd in range(3, 12):
+            reach(lambda: root.joinpath(f"/proc/self/fd/{fd}").write_text(FORGED))
+    reach(lambda: box.path.write_text(FORGED))
+    for number in range(12):
+        for name in "__globals__ __class__ __init__ __self__ __dict__ __code__ gi_frame joinpath _hidden".split():
+            said = ask("get", number, name)
+            if said[0] == "done": got.append(str(said))
+    return got
+"""
+
+
+def test_what_the_tests_hand_over_leads_nowhere(grader: Grader) -> None:
+    """Functions, objects, paths, generators and classes of the tests; asked through the channel's own words too."""
+    source = (
+        "import pathlib\nclass Box:\n    _hidden = 1\n    def __init__(self): self.path = pathlib.Path('/tmp')\n"
+        "args = pathlib.Path('/tmp'), Box(), lambda x: x, (n for n in range(3)), pathlib.Path\n"
+    )
+    shown = grader(REACHING, AssertTests(source + "got = f(*args)\nassert not got, got", "f"))
+    assert shown.passed == 1, shown.detail
+    assert grader(REACHING, AssertTests(source + "got = f(*args)\nassert got, 'a failing test'", "f")).passed == 0
+
+
 SEARCH = """
 import os, re, sys
 def found():

@@ -179,6 +179,18 @@ PROBLEMS = {
         "p, c = f(P(1, 2), C.RED)\nassert p.x == 2 and p == P(2, 1) and c is C.BLUE",
         "def f(p, c): return P(p.y, p.x), C.BLUE", ("C.BLUE", "C.RED"),
     ),
+    "named tuple of the candidate": (
+        "f", "", "p = f(1)\nassert p == (1, 2) and p.x == 1 and p.y == 2",
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return P(x, 2 * x)", ("2 * x", "x"),
+    ),
+    "object of the tests": (
+        "f", "", "import io\nclass K:\n    n = 0\n    def hit(self, x):\n        self.n += x\n        return self.n\n"
+        "k = K()\n"
+        "assert f(3, k.hit) == 3\nassert f(4, hook=k.hit) == 7\nassert k.n == 7\nout = io.StringIO()\n"
+        "f(1, out.write)\nf(2, file=out)\nassert out.getvalue() == '2'",
+        "def f(x, hook=None, file=None):\n    if file: file.write(str(x))\n"
+        "    return hook(x) if hook and isinstance(x, int) and x > 1 else x", ("write(str(x))", "write('0')"),
+    ),
     "async": (
         "f", "", "import asyncio\nassert asyncio.run(f(2)) == 4",
         "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x * 2", ("x * 2", "x"),
@@ -231,7 +243,7 @@ def test_arguments_are_the_authors_until_the_statement_ends(grader: Grader) -> N
 
 
 def test_operators_are_not_asked_where_they_would_decide(grader: Grader) -> None:
-    lie = "class A:\n    def __getattr__(s, name): return 0\n    def __sub__(s, o): return 0\n    __eq__ = lambda s, o: True\n"
+    lie = "class A:\n    def __getattr__(s, name): return 0\n    __eq__ = lambda *a: True\n    __sub__ = lambda *a: 0\n"
     for source in (
         "assert f(1) == 2",
         "assert abs(f(1) - 2) < 1e-6",
@@ -328,6 +340,7 @@ def test_outcomes_of_assert_tests_and_calls(grader: Grader, code: str | bytes, o
         (lambda: CallTests("f", [((1,), 1), ((object(),), 1)]), "case 2: "),
         (lambda: CallTests("f", [((1,), 1)], float_tolerance=-1.0), "float_tolerance is -1.0"),
         (lambda: StdioTests([("1",)]), "case 1 is"),
+        (lambda: StdioTests([("1", "1"), ("\ud800", "2")]), "case 2: "),
         (lambda: StdioTests([("1", "2")], checker="def chek(): pass"), "checker: "),
         (lambda: StdioTests([("1", "2")], checker="def check(:"), "checker, line 1: "),
     ],
@@ -408,13 +421,13 @@ def test_stdio_checker(grader: Grader) -> None:
     ],
 )  # fmt: skip
 def test_same_output(got: str, expected: str, tolerance: float | None, same: bool) -> None:
-    assert same_output(got.encode(), expected, tolerance) is same
+    assert same_output(got.encode(), expected.encode(), tolerance) is same
 
 
 @given(st.text(st.sampled_from("ab1. \n\t")), st.text(st.sampled_from("ab1. \n\t")))
 def test_same_output_is_symmetric(a: str, b: str) -> None:
-    assert same_output(a.encode(), b, None) == same_output(b.encode(), a, None)
-    assert same_output(a.encode(), a, None)
+    assert same_output(a.encode(), b.encode(), None) == same_output(b.encode(), a.encode(), None)
+    assert same_output(a.encode(), a.encode(), None)
 
 
 # ---- calls
@@ -438,6 +451,17 @@ def test_calls_take_an_iterator_for_a_list(grader: Grader) -> None:
     assert grader("def f(n): yield from range(n)", CallTests("f", [((3,), [0, 1, 2])])).passed == 1
     verdict = grader("def f(n):\n    while True: yield n", CallTests("f", [((3,), [0, 1, 2])]))
     assert (verdict.passed, verdict.outcome) == (0, Outcome.RUNTIME_ERROR)
+
+
+def test_calls_with_large_results_and_prints(grader: Grader) -> None:
+    code = "def f(n):\n    print('x' * (1 << 21))\n    return 'y' * n"
+    assert grader(code, CallTests("f", [((2_000_000,), "y" * 2_000_000)])).passed == 1
+
+
+def test_code_of_50_mb(grader: Grader) -> None:
+    code = "def f(x): return x\n#" + "x" * (50 << 20)
+    for tests in (AssertTests("assert f(1) == 1", "f"), CallTests("f", [((1,), 1)])):
+        assert grader(code, tests).passed == 1
 
 
 def test_calls_keep_arguments_from_each_other(grader: Grader) -> None:

@@ -127,6 +127,8 @@ def test_standard_streams_can_be_opened_by_name() -> None:
         ("1 / 0", 1, b"ZeroDivisionError: division by zero"),
         ("import sys; sys.exit(7)", 7, b""),
         ("import os; os._exit(255)", 255, b""),
+        ("exit(3)", 3, b""),
+        ("quit('said')", 1, b"said"),
         ("def f(:", 1, b"SyntaxError"),
         ("x = '\ud800'", 1, b"SyntaxError"),
         ("def f(): f()\nf()", 1, b"RecursionError"),

@@ -65,8 +65,9 @@ def test_what_it_started_ends_with_it_and_its_directory_is_gone() -> None:
     started = time.monotonic()
     ended = run("import os, time\nprint(os.getcwd(), flush=True)\nchild = os.fork()\nprint(child or time.sleep(60))")
     directory, child = ended.stdout.decode().split()
-    assert time.monotonic() - started < 10
-    assert not Path(directory).exists() and not Path(f"/proc/{child}/fd/0").exists()
+    assert not Path(directory).exists()
+    while Path(f"/proc/{child}/fd/0").exists():  # killed, and not yet gone
+        assert time.monotonic() - started < 10
 
 
 def test_the_channel_is_descriptor_3() -> None:

@@ -12,10 +12,9 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _SEQUENCES = (list, tuple)
 
 
-def same_output(got: bytes, expected: str | bytes, float_tolerance: float | None) -> bool:
+def same_output(got: bytes, expected: bytes, float_tolerance: float | None) -> bool:
     """Line by line, without blanks at their ends and empty lines at the end."""
-    wanted = expected.encode("utf-8", "surrogateescape") if isinstance(expected, str) else expected
-    got_lines, lines = _lines(got), _lines(wanted)
+    got_lines, lines = _lines(got), _lines(expected)
     if len(got_lines) != len(lines):
         return False
     pairs = zip(got_lines, lines, strict=True)

@@ -13,11 +13,12 @@ from typing import Any, Literal
 from rlvlm_sandbox.grading.compare import same_output, same_value
 from rlvlm_sandbox.grading.inside.wire import NoLinks, WireError, decode
 from rlvlm_sandbox.grading.programs import driver, order
-from rlvlm_sandbox.grading.tests import AssertTests, CallTests, InvalidTests, StdioTests, Tests, brief
+from rlvlm_sandbox.grading.tests import AssertTests, CallTests, InvalidTests, StdioTests, Tests, as_bytes, brief
 from rlvlm_sandbox.grading.verdict import Case, Verdict, failed, passed, verdict_of
 from rlvlm_sandbox.records import PROFILES, Limits, Outcome, Program, Run
 
 RunProgram = Callable[[Program], Awaitable[Run]]
+_ANSWERS_BYTES = 4 << 20  # of all results of CallTests; no more, as they are read and compared in this process
 _AT_ONCE = 4  # cases of one grading
 _TESTS_LONGER_S = 2.0  # than the candidate: its end is what they have to tell
 
@@ -64,8 +65,7 @@ async def _stdio(run: RunProgram, candidate: Program, tests: StdioTests, fail_fa
         async with slots:
             if stopped:
                 return failed("not run, as a case before it failed")
-            stdin = tests.cases[number][0]
-            ran = await run(replace(candidate, stdin=stdin.encode() if isinstance(stdin, str) else stdin))
+            ran = await run(replace(candidate, stdin=as_bytes(tests.cases[number][0])))
             backend = ran.backend
             case = await _judged(run, ran, tests, number)
             stopped = stopped or (fail_fast and not case.passed)
@@ -95,7 +95,7 @@ async def _judged(run: RunProgram, ran: Run, tests: StdioTests, number: int) -> 
     if ran.outcome is not Outcome.OK:
         return failed(_last_words(ran), ran.outcome)
     if tests.checker is None:
-        if same_output(ran.stdout, expected, tests.float_tolerance):
+        if same_output(ran.stdout, as_bytes(expected), tests.float_tolerance):
             return passed()
         return failed(f"case {number + 1}: the output is {brief(ran.stdout)}, not {brief(expected)}")
     texts = {"stdin": _text(stdin), "stdout": _text(ran.stdout), "expected": _text(expected)}
@@ -125,7 +125,9 @@ def _last_words(run: Run) -> str:
 
 async def _calls(run: RunProgram, code: bytes, tests: CallTests, limits: Limits) -> Verdict:
     header = {"entry_point": tests.entry_point, "calls": tests.calls}
-    ran = await run(driver("calls", order(header, code), limits))
+    # What the candidate prints goes nowhere: stdout is for the answers.
+    larger = replace(limits, output_bytes=max(limits.output_bytes or 0, _ANSWERS_BYTES))
+    ran = await run(driver("calls", order(header, code), larger))
     if ran.outcome is Outcome.SANDBOX_ERROR:
         return verdict_of([failed(ran.detail, ran.outcome)] * len(tests.expected), ran.backend)
     answers: dict[int, dict[str, Any]] = {}

@@ -11,7 +11,7 @@ import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from rlvlm_sandbox.grading.inside.wire import NoLinks, WireError, encode
 
@@ -47,8 +47,6 @@ class StdioTests:
     compared. It runs in a sandbox of its own. Raises InvalidTests.
     """
 
-    independent: ClassVar[bool] = True  # whether no run waits for another
-
     cases: Sequence[StdioCase]
     float_tolerance: float | None = None
     checker: str | None = None
@@ -58,6 +56,7 @@ class StdioTests:
         for number, case in enumerate(self.cases, 1):
             if len(case) != 2 or not all(isinstance(text, (str, bytes)) for text in case):
                 raise InvalidTests(f"case {number} is {brief(case)}; give (stdin, expected stdout), texts or bytes")
+            _check_texts(number, case)
         _check_tolerance(self.float_tolerance)
         if self.checker is not None:
             tree = parse(self.checker, "checker")
@@ -73,8 +72,6 @@ class CallTests:
     list. float_tolerance: numbers may differ by so much, absolutely or relative to the expected one. All calls are
     made in one process. Raises InvalidTests.
     """
-
-    independent: ClassVar[bool] = True  # whether no run waits for another
 
     entry_point: str
     cases: Sequence[Call]
@@ -102,11 +99,10 @@ class AssertTests:
 
     The function runs in another process than the tests. Arguments and results go over as plain data, instances of the
     author's classes included; functions, iterators and other objects stay where they are and are called there. What the
-    function changes in its arguments is seen after the statement that calls it (at once if it returns None).
-    Raises InvalidTests.
+    function changes in its arguments is seen after the statement that calls it (at once if it returns None). Not seen
+    are what it prints, the files it writes and the random numbers it draws; nor do its objects compare themselves with
+    the tests' values. Raises InvalidTests.
     """
-
-    independent: ClassVar[bool] = False  # whether no run waits for another
 
     source: str
     entry_point: str
@@ -171,6 +167,19 @@ def _check_cases(cases: Sequence[Any]) -> None:
     for number, case in enumerate(cases, 1):
         if not isinstance(case, (list, tuple)):
             raise InvalidTests(f"case {number} is {brief(case)}; give a tuple")
+
+
+def _check_texts(number: int, case: StdioCase) -> None:
+    try:
+        for text in case:
+            as_bytes(text)
+    except UnicodeEncodeError as error:
+        raise InvalidTests(f"case {number}: {error}") from error
+
+
+def as_bytes(text: str | bytes) -> bytes:
+    """As a program reads and writes it."""
+    return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
 
 
 def _check_tolerance(tolerance: float | None) -> None:

@@ -5,6 +5,7 @@ What they say was worked out by hand, or is what CPython 3.11 says of the same p
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .cases import OWN_ROOT, Case
@@ -14,6 +15,10 @@ def _honest(name: str, code: str, says: str | bytes | None = None, **more: Any) 
     return Case(name, code, says=says.encode() if isinstance(says, str) else says, told=False, **more)
 
 
+def _fails(name: str, code: str, complains: str, says: str | None = "", exit_code: int = 1, **more: Any) -> Case:
+    return _honest(name, code, says, complains=complains, exit_code=exit_code, outcomes=("runtime_error",), **more)
+
+
 _LANGUAGE = [
     _honest(
         "50,000 frames",
@@ -21,7 +26,7 @@ _LANGUAGE = [
         "50000\n",
     ),
     _honest(
-        "50,000 frames and more in a thread with a stack of its own",
+        "more frames in a thread with a stack of its own",
         "import sys, threading\nsys.setrecursionlimit(1 << 20)\nthreading.stack_size(1 << 28)\n"
         "def f(n): return n and 1 + f(n - 1)\nthread = threading.Thread(target=lambda: print(f(100_000)))\n"
         "thread.start()\nthread.join()",
@@ -58,25 +63,24 @@ _LANGUAGE = [
         "print(datetime.date(2024, 2, 28) + datetime.timedelta(2))",
         "0.3\n1/2 2\n2024-03-01\n",
     ),
-    _honest(
-        "a seed means what it always does", "import random\nprint(random.Random(0).random())", "0.8444218515250481\n"
-    ),
+    _honest("a seed", "import random\nprint(random.Random(0).random())", "0.8444218515250481\n"),
     _honest(
         "the library",
-        "import importlib\nfor name in '''argparse array ast base64 bisect calendar cmath codecs collections concurrent.futures"
-        " contextlib copy csv ctypes decimal difflib dis doctest email enum fractions functools gc getpass glob gzip hashlib"
-        " heapq hmac html http.client inspect io itertools json keyword linecache locale logging lzma math mmap"
-        " multiprocessing operator optparse os.path pathlib pickle platform pprint queue random re sched secrets select"
-        " selectors shelve shlex shutil signal socket sqlite3 ssl statistics string struct subprocess tarfile tempfile"
-        " textwrap threading timeit token tokenize traceback types typing unicodedata unittest urllib.request uuid warnings"
-        " weakref xml.etree.ElementTree zipfile zlib zoneinfo'''.split():\n    importlib.import_module(name)\n"
-        "print(hashlib.sha256(b'').hexdigest()[:8] if 'hashlib' in globals() else __import__('hashlib').sha256().hexdigest()[:8])",
+        "import hashlib, importlib\nfor name in '''argparse array ast base64 bisect calendar cmath codecs collections"
+        " concurrent.futures contextlib copy csv ctypes decimal difflib dis doctest email enum fractions functools gc"
+        " getpass glob gzip heapq hmac html http.client inspect io itertools json keyword linecache locale logging lzma"
+        " math mmap multiprocessing operator optparse os.path pathlib pickle platform pprint queue random re sched"
+        " secrets select selectors shelve shlex shutil signal socket sqlite3 ssl statistics string struct subprocess"
+        " tarfile tempfile textwrap threading timeit token tokenize traceback types typing unicodedata unittest"
+        " urllib.request uuid warnings weakref xml.etree.ElementTree zipfile zlib zoneinfo'''.split():\n"
+        "    importlib.import_module(name)\nprint(hashlib.sha256(b'').hexdigest()[:8])",
         "e3b0c442\n",
     ),
     _honest(
         "a data base in memory",
         "import sqlite3\ndb = sqlite3.connect(':memory:')\ndb.execute('create table t (x)')\n"
-        "db.executemany('insert into t values (?)', [(1,), (2,)])\nprint(db.execute('select sum(x) from t').fetchone())",
+        "db.executemany('insert into t values (?)', [(1,), (2,)])\n"
+        "print(db.execute('select sum(x) from t').fetchone())",
         "(3,)\n",
     ),
     _honest(
@@ -147,20 +151,12 @@ _STREAMS = [
         "1\nend\n''\n",
         stdin=b"1",
     ),
-    _honest(
-        "input as bytes", "import sys\nprint(sys.stdin.buffer.read())", r"b'\xff\x00\r\n'" + "\n", stdin=b"\xff\0\r\n"
-    ),
-    _honest(
-        "input by iteration", "import sys\nprint([line for line in sys.stdin])", r"['a\r\n', 'b']" + "\n", stdin=b"a\r\nb"
-    ),
+    _honest("input as bytes", "import sys\nprint(sys.stdin.buffer.read())", "b'\\xff\\x00'\n", stdin=b"\xff\0"),
+    _honest("input by iteration", "import sys\nprint([*sys.stdin])", "['a\\r\\n', 'b']\n", stdin=b"a\r\nb"),
     _honest("input by descriptor", "import os\nprint(os.read(0, 3), open(0).read())", "b'abc' de\n", stdin=b"abcde"),
     _honest("input by name", "print(open('/dev/stdin').read())", "by name\n", stdin=b"by name", backends=OWN_ROOT),
-    _honest(
-        "input by readline",
-        "import sys\nprint(repr(sys.stdin.readline()), sys.stdin.isatty())",
-        "'a\\n' False\n",
-        stdin=b"a\nb",
-    ),
+    _honest("input by readline", "import sys\nprint(repr(sys.stdin.readline()))", "'a\\n'\n", stdin=b"a\nb"),
+    _honest("no terminal", "import sys\nprint(sys.stdin.isatty(), sys.stdout.isatty())", "False False\n"),
     _honest("input in words of the world", "print(input()[::-1])", "π🙂\n", stdin="🙂π\n".encode()),
     _honest(
         "much input",
@@ -168,50 +164,48 @@ _STREAMS = [
         "499999500000\n",
         stdin="\n".join(map(str, range(1_000_000))).encode(),
     ),
-    _honest(
-        "words of the world",
-        "import sys\nprint('π🙂', '\\udcff', sys.stdout.encoding)",
-        "π🙂 ".encode() + b"\xff utf-8\n",
-    ),
-    _honest("half a character", "print('\\ud800')", "", outcomes=("runtime_error",), complains="UnicodeEncodeError"),
+    _honest("words of the world", "print('π🙂', '\\udcff')", "π🙂 ".encode() + b"\xff\n"),
+    _fails("half a character", "print('\\ud800')", "UnicodeEncodeError"),
     _honest("no newline at the end", "import sys\nsys.stdout.write('x')", "x"),
     _honest(
         "the output's own way",
         "import os, sys\nos.write(1, b'1')\nprint(2, file=open(1, 'w', closefd=False))\nprint(3)",
         "12\n3\n",
     ),
-    _honest(
-        "as much output as allowed",
-        "print('x' * 999)",
-        b"x" * 999 + b"\n",
-        limits={"output_bytes": 1000},
-    ),
+    _honest("as much output as allowed", "print('x' * 999)", b"x" * 999 + b"\n", limits={"output_bytes": 1000}),
     _honest("stdout closed", "import sys\nprint('x')\nsys.stdout.close()", "x\n"),
-    _honest("help and exit are there", "print(callable(exit), callable(quit))\nexit(0)", "True True\n"),
 ]
+
+_FAILS = """def f(x):
+    return 1 / x
+
+try:
+    f(0)
+except ZeroDivisionError as error:
+    raise KeyError('k') from error
+"""
+# The whole of stderr: no frame of ours. Some builds of Python underline what failed.
+_TRACEBACK = (
+    r'^Traceback \(most recent call last\):\n  File "[^"\n]*main.py", line 5, in <module>\n    f\(0\)\n'
+    r'  File "[^"\n]*main.py", line 2, in f\n    return 1 / x\n(?: +~~\^~~\n)?'
+    r"ZeroDivisionError: division by zero\n\nThe above exception was the direct cause of the following exception:\n\n"
+    r'Traceback \(most recent call last\):\n  File "[^"\n]*main.py", line 7, in <module>\n'
+    r"    raise KeyError\('k'\) from error\nKeyError: 'k'\n$"
+)
+# Where there is no file the lines themselves may be missing.
+_TRACEBACK_WITHOUT_LINES = re.sub(r"\\n    .*?\\n", lambda _: r"\n(?:    .*\n)*", _TRACEBACK)
 
 _ENDS = [
     *(
-        _honest(
-            f"sys.exit({what})",
-            f"import sys\nprint('x')\nsys.exit({what})",
-            "x\n",
-            exit_code=code,
-            outcomes=("runtime_error" if code else "ok",),
-        )
-        for what, code in {
-            "": 0,
-            "None": 0,
-            "0": 0,
-            "3": 3,
-            "256": 0,
-            "-1": 255,
-            "'words'": 1,
-            "True": 1,
-            "[]": 1,
-        }.items()
+        _honest(f"sys.exit({what})", f"import sys\nprint('x')\nsys.exit({what})", "x\n", exit_code=0)
+        for what in ("", "None", "0", "256")
     ),
-    _honest("words on leaving", "exit('words')", "", exit_code=1, outcomes=("runtime_error",), complains="^words\n$"),
+    *(
+        _fails(f"sys.exit({what})", f"import sys\nprint('x')\nsys.exit({what})", complains, "x\n", exit_code)
+        for what, complains, exit_code in (("3", "^$", 3), ("-1", "^$", 255), ("'y'", "^y\n$", 1), ("[]", "", 1))
+    ),
+    _honest("exit and quit", "print(callable(quit))\nexit(0)", "True\n"),
+    _fails("words on leaving", "exit('words')", "^words\n$"),
     _honest("left at once", "import os\nprint('lost')\nos._exit(0)", "", exit_code=0),
     _honest(
         "left in a thread",
@@ -219,60 +213,47 @@ _ENDS = [
         "on\n",
         exit_code=0,
     ),
-    _honest(
+    _fails(
         "atexit",
-        "import atexit, sys\natexit.register(print, 'second')\natexit.register(print, 'first')\nprint('main')\nsys.exit(2)",
+        "import atexit, sys\natexit.register(print, 'second')\natexit.register(print, 'first')\n"
+        "print('main')\nsys.exit(2)",
+        "^$",
         "main\nfirst\nsecond\n",
-        exit_code=2,
-        outcomes=("runtime_error",),
+        2,
     ),
     _honest(
-        "atexit after an error, and one in it",
+        "atexit after an error in it",
         "import atexit\natexit.register(print, 'after')\natexit.register(lambda: 1 / 0)\nprint('main')",
         "main\nafter\n",
         exit_code=0,
         complains="ZeroDivisionError",
     ),
-    _honest(
+    _fails(
         "an excepthook",
         "import sys\ndef hook(kind, error, trace): print('hook', kind.__name__, error)\nsys.excepthook = hook\n1 / 0",
+        "^$",
         "hook ZeroDivisionError division by zero\n",
-        exit_code=1,
-        outcomes=("runtime_error",),
     ),
+    _fails("a traceback", _FAILS, _TRACEBACK, backends=OWN_ROOT),
+    _fails("a traceback where there is no file", _FAILS, _TRACEBACK_WITHOUT_LINES, backends=("landlock",)),
     _honest(
-        "a traceback",
-        "def f(x):\n    return 1 / x\n\ntry:\n    f(0)\nexcept ZeroDivisionError as error:\n    raise KeyError('k') from error",
-        "",
-        exit_code=1,
-        outcomes=("runtime_error",),
-        complains=r'^Traceback \(most recent call last\):\n  File "[^"\n]*main.py", line 5, in <module>\n    f\(0\)\n'
-        r'  File "[^"\n]*main.py", line 2, in f\n    return 1 / x\n(           ~~\^~~\n)?'
-        r"ZeroDivisionError: division by zero\n\nThe above exception was the direct cause of the following exception:\n\n"
-        r'Traceback \(most recent call last\):\n  File "[^"\n]*main.py", line 7, in <module>\n'
-        r"    raise KeyError\('k'\) from error\nKeyError: 'k'\n$",
-    ),
-    _honest(
-        "a traceback of its own",
+        "the stack",
         "import traceback\ndef f(): traceback.print_stack()\nf()",
         "",
-        complains=r'^  File "[^"\n]*main.py", line 3, in <module>\n    f\(\)\n'
+        complains=r'File "[^"\n]*main.py", line 3, in <module>\n    f\(\)\n'
         r'  File "[^"\n]*main.py", line 2, in f\n    def f\(\): traceback.print_stack\(\)\n(    +\^+\n)?$',
     ),
-    _honest(
+    _fails(
         "a syntax error",
         "x = 1\ndef f(:\n    pass",
-        "",
-        exit_code=1,
-        outcomes=("runtime_error",),
-        complains=r'^  File "[^"\n]*main.py", line 2\n    def f\(:\n +\^\nSyntaxError: invalid syntax\n$',
+        r'^  File "[^"\n]*main.py", line 2\n    def f\(:\n +\^\nSyntaxError: invalid syntax\n$',
     ),
     _honest("memory caught", "try: x = bytearray(1 << 40)\nexcept MemoryError: print('caught')", "caught\n"),
     _honest("memory not caught", "x = bytearray(1 << 40)", outcomes=("memory",), exit_code=1),
     _honest("memory within the limit", "x = bytearray(700 << 20)\nprint(len(x) >> 20)", "700\n"),
     _honest(
         "a signal of its own, handled",
-        "import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: print('handled'))\nos.kill(os.getpid(), signal.SIGTERM)",
+        "import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: print('handled'))\nos.kill(os.getpid(), 15)",
         "handled\n",
     ),
     _honest(
@@ -289,16 +270,17 @@ _ENDS = [
     ),
     _honest("ended by SIGTERM", "import os\nos.kill(os.getpid(), 15)", "", outcomes=("signal",), exit_code=-15),
     _honest("ended by SIGUSR1", "import os\nos.kill(os.getpid(), 10)", "", outcomes=("signal",), exit_code=-10),
-    _honest("a process is not for a judge", "import os\nos.fork()", "", outcomes=("runtime_error",), exit_code=1),
+    _fails("a process is not for a judge", "import os\nos.fork()", "PermissionError"),
 ]
 
 _FILES = [
     _honest(
         "files",
-        "import os, pathlib, tempfile\nwith tempfile.TemporaryDirectory() as place:\n    path = pathlib.Path(place, 'x')\n"
-        "    path.write_text('y' * 1000)\n    print(path.stat().st_size, os.listdir(place))\n"
-        "with tempfile.NamedTemporaryFile('w+') as file:\n    file.write('a')\n    file.seek(0)\n    print(file.read())\n"
-        "open('here', 'w').close()\nprint(os.getcwd(), os.path.exists('/tmp/here'), os.environ['HOME'])",
+        "import os, pathlib, tempfile\nwith tempfile.TemporaryDirectory() as place:\n"
+        "    path = pathlib.Path(place, 'x')\n    path.write_text('y' * 1000)\n"
+        "    print(path.stat().st_size, os.listdir(place))\nwith tempfile.NamedTemporaryFile('w+') as file:\n"
+        "    file.write('a')\n    file.seek(0)\n    print(file.read())\nopen('here', 'w').close()\n"
+        "print(os.getcwd(), os.path.exists('/tmp/here'), os.environ['HOME'])",
         "1000 ['x']\na\n/tmp True /tmp\n",
         backends=OWN_ROOT,
     ),
@@ -319,15 +301,17 @@ _FILES = [
 _SCIENCE = [
     _honest(
         "numpy and sympy",
-        "import numpy as np, sympy\na = np.arange(6.0).reshape(2, 3)\nprint((a @ a.T).tolist(), np.linalg.det([[1, 2], [3, 4]]).round(9))\n"
-        "x = sympy.symbols('x')\nprint(sympy.factor(x**2 - 1), sympy.integrate(2 * x, x), sympy.Rational(1, 3) + 1)",
-        "[[5.0, 14.0], [14.0, 50.0]] -2.0\n(x - 1)*(x + 1) x**2 4/3\n",
+        "import numpy as np, sympy\na = np.arange(6.0).reshape(2, 3)\nprint((a @ a.T).tolist())\n"
+        "print(np.linalg.det([[1, 2], [3, 4]]).round(9))\nx = sympy.symbols('x')\n"
+        "print(sympy.factor(x**2 - 1), sympy.integrate(2 * x, x), sympy.Rational(1, 3) + 1)",
+        "[[5.0, 14.0], [14.0, 50.0]]\n-2.0\n(x - 1)*(x + 1) x**2 4/3\n",
         image="py-sci",
     ),
     _honest(
-        "numpy's chance",
-        "import numpy as np\nprint(np.random.seed(0), round(np.random.rand(), 6), round(np.random.default_rng(0).random(), 6))",
-        "None 0.548814 0.636962\n",
+        "seeds of numpy",
+        "import numpy as np\nnp.random.seed(0)\nprint(round(np.random.rand(), 6))\n"
+        "print(round(np.random.default_rng(0).random(), 6))",
+        "0.548814\n0.636962\n",
         image="py-sci",
     ),
 ]
@@ -347,17 +331,18 @@ def names(place):
         return type(error).__name__
 mask = os.umask(0)
 print(json.dumps({
-    "files": [names(place) for place in (".", "/tmp", "/dev/shm")],
-    "place": os.getcwd(), "mask": mask, "env": sorted(os.environ.items()), "path": sys.path,
-    "print": type(print).__name__, "len": len.__module__, "builtins": sorted(vars(builtins)), "dumps": json.dumps.__module__,
-    "modules": sorted(sys.modules), "recursion": sys.getrecursionlimit(), "timer": signal.getitimer(signal.ITIMER_REAL),
-    "handlers": [str(signal.getsignal(number)) for number in (1, 2, 15, 10, 14, 13)], "mask of signals": str(signal.pthread_sigmask(0, [])),
-    "limits": [resource.getrlimit(kind) for kind in range(16)], "threads": threading.active_count(), "prec": decimal.getcontext().prec,
-    "stack": threading.stack_size(), "locale": locale.setlocale(locale.LC_ALL), "switch": sys.getswitchinterval(),
-    "filters": len(warnings.filters), "trace": str(sys.gettrace()), "hooks": sys.excepthook.__module__,
-    "streams": [stream.name for stream in (sys.stdin, sys.stdout, sys.stderr)], "gc": [gc.isenabled(), gc.get_threshold()],
-    "host": socket.gethostname(), "umask": os.umask(mask), "argv": sys.argv, "int": sys.get_int_max_str_digits(),
-    "cwd writable": os.access(".", os.W_OK), "input": sys.stdin.read(), "re": re.compile.__module__, "zone": time.tzname,
+    "files": [names(place) for place in (".", "/tmp", "/dev/shm")], "place": os.getcwd(), "mask": mask,
+    "env": sorted(os.environ.items()), "path": sys.path, "argv": sys.argv, "modules": sorted(sys.modules),
+    "print": type(print).__name__, "len": len.__module__, "builtins": sorted(vars(builtins)),
+    "dumps": json.dumps.__module__, "compile": re.compile.__module__, "hooks": sys.excepthook.__module__,
+    "recursion": sys.getrecursionlimit(), "switch": sys.getswitchinterval(), "digits": sys.get_int_max_str_digits(),
+    "gc": [gc.isenabled(), gc.get_threshold()], "trace": str(sys.gettrace()), "filters": len(warnings.filters),
+    "handlers": [str(signal.getsignal(number)) for number in (1, 10, 13, 14, 15)],
+    "blocked": str(signal.pthread_sigmask(0, [])), "timer": signal.getitimer(signal.ITIMER_REAL),
+    "limits": [resource.getrlimit(kind) for kind in range(16)], "threads": threading.active_count(),
+    "stack": threading.stack_size(), "decimals": decimal.getcontext().prec, "locale": locale.setlocale(locale.LC_ALL),
+    "streams": [stream.name for stream in (sys.stdin, sys.stdout, sys.stderr)], "input": sys.stdin.read(),
+    "host": socket.gethostname(), "zone": time.tzname,
 }))
 """,
     ),
@@ -401,12 +386,12 @@ builtins.print = None
     ),
     _honest(
         "chance",
-        "import os, random, secrets, tempfile, uuid\nprint(random.random(), random.randrange(10**9), uuid.uuid4(), secrets.token_hex(),"
-        " os.urandom(9), next(tempfile._get_candidate_names()))",
+        "import os, random, secrets, tempfile, uuid\nprint(random.random(), random.randrange(10**9), uuid.uuid4(),"
+        " secrets.token_hex(), os.urandom(9).hex(), next(tempfile._get_candidate_names()), sep=',')",
     ),
     _honest(
         "numpy's chance",
-        "import numpy as np\nprint(np.random.rand(), np.random.default_rng().random())",
+        "import numpy as np\nprint(np.random.rand(), np.random.default_rng().random(), sep=',')",
         image="py-sci",
     ),
     _honest("hold a secret", "secret = 'LEFT-' + input()\nprint(len(secret))", "37\n", stdin=b"0123456789abcdef" * 2),

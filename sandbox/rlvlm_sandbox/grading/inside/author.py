@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import io
 import json
 import os
 import sys
@@ -49,8 +50,10 @@ class AuthorPeer(Peer):
         return kind.__name__ if kind.__module__ == "__main__" else None
 
     def may_get(self, value: object, name: str) -> bool:
-        """Nothing that leads to the tests' globals or frames."""
-        return type(value).__module__ == "__main__" and not name.startswith("_")
+        """Nothing that leads to the tests' globals or frames, and of the library nothing that leads to files: a path
+        would do to write the verdict."""
+        is_open = type(value).__module__ == "__main__" or type(value) in (io.StringIO, io.BytesIO)
+        return is_open and not name.startswith("_")
 
     def raised(self, names: Sequence[str], args: tuple[Any, ...], said: str) -> BaseException:
         own = next((kind for name in names if (kind := self.find_class(name)) is not None), None)

@@ -103,6 +103,9 @@ class Remote:
 
 
 class RemoteCallable(Remote):
+    def __bool__(self) -> bool:
+        return True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._peer.call(self._number, args, kwargs)
 
@@ -279,10 +282,8 @@ class Peer:
         if kind == "next":
             return self._done(self._stream_of(number).take(rest[0]))
         if kind == "operate":
-            target = self.given(number)
-            if not self.may_get(target, f"__{rest[0]}__"):
-                raise TypeError(f"{rest[0]} of an object of the other side")
-            return self._done(_OPERATIONS[rest[0]](target, *decode(rest[1], _numbered(rest[2]), self)[0]))
+            args = decode(rest[1], _numbered(rest[2]), self)[0]
+            return self._done(_OPERATIONS[rest[0]](self.given(number), *args))
         if kind == "await":
             import asyncio  # takes long, and is seldom needed
 

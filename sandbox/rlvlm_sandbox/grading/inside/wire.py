@@ -8,11 +8,12 @@ what has been changed can be told from what has not.
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib
 import re
 import sys
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -190,7 +191,8 @@ class _Encoder:
             return ["E", own, value._name_, self.value(value._value_, depth + 1)]
         base = next((base for base in kind.__mro__ if base in _BASES), None)
         if own is not None and base is tuple:
-            return ["u", own, *(self.value(item, depth + 1) for item in tuple.__iter__(value))]
+            fields = [str(field) for field in getattr(kind, "_fields", ())]
+            return ["u", own, fields, *(self.value(item, depth + 1) for item in tuple.__iter__(value))]
         if base is not None:
             return self._plain(base, value, depth)
         if own is not None and not issubclass(kind, (BaseException, Iterator)) and not callable(value):
@@ -380,9 +382,12 @@ class _Decoder:
         return self.value(parts[2]) if kind is None else kind.__members__[parts[1]]
 
     def record(self, parts: list[Any]) -> Any:
+        """A named tuple; of a class made for it where we have none."""
         kind = self.links.find_class(parts[0])
-        items = self.values(parts[1:])
-        return tuple(items) if kind is None or not issubclass(kind, tuple) else tuple.__new__(kind, items)
+        items = self.values(parts[2:])
+        if kind is not None and issubclass(kind, tuple):
+            return tuple.__new__(kind, items)
+        return _record_class(parts[0], tuple(parts[1]))._make(items) if parts[1] else tuple(items)
 
     def view(self, parts: list[Any]) -> Any:
         items = self.values(parts[1:])
@@ -417,6 +422,11 @@ _READERS: dict[str, Callable[[_Decoder, list[Any]], Any]] = {
     "p": _Decoder.remote,
     "r": _Decoder.given,
 }
+
+
+@functools.lru_cache(64)
+def _record_class(name: str, fields: tuple[str, ...]) -> Any:
+    return namedtuple(name, fields)
 
 
 def uncrowded(items: list[Any]) -> list[Any]:
