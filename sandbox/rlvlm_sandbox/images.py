@@ -16,9 +16,9 @@ _SYSTEM = (
 )  # fmt: skip
 # Not what runs Python of its own after every fork (threading, random): all runs would pay for it.
 _USUAL = (
-    "abc", "array", "bisect", "cmath", "collections", "contextlib", "copy", "dataclasses", "datetime", "decimal",
-    "enum", "fractions", "functools", "heapq", "io", "itertools", "json", "math", "numbers", "operator", "os", "re",
-    "string", "struct", "textwrap", "time", "typing",
+    "abc", "array", "binascii", "bisect", "cmath", "collections", "contextlib", "copy", "dataclasses", "datetime",
+    "decimal", "enum", "fractions", "functools", "heapq", "io", "itertools", "json", "math", "numbers", "operator",
+    "os", "re", "string", "struct", "textwrap", "time", "typing",
 )  # fmt: skip
 _SCIENCE = ("numpy", "sympy")
 # Name -> packages beyond the standard library, imported beforehand.

@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_
 _ARM = platform.machine() == "aarch64"
 _PIVOT_ROOT, _SECCOMP = (41, 277) if _ARM else (155, 317)
 _CLONE3, _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 435, 442, 444, 445, 446
-_CLONE_PIDFD = 0x1000
+_CLONE_PIDFD, _CLONE_CHILD_SETTID, _CLONE_CHILD_CLEARTID = 0x1000, 0x01000000, 0x00200000
 _libc = ctypes.CDLL(None, use_errno=True)
 _clone3 = ctypes.PyDLL(None, use_errno=True).syscall
 _clone3.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t]
@@ -54,7 +54,7 @@ def clone(flags: int, in_init: Callable[[], None] | None = None) -> tuple[int, i
     PyDLL keeps the GIL, and Python's own preparations for a fork are made by hand.
     """
     pidfd = ctypes.c_int(-1)
-    arguments = (ctypes.c_uint64 * 11)(flags | _CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD)
+    arguments = _fork_arguments(flags | _CLONE_PIDFD, ctypes.addressof(pidfd))
     ctypes.pythonapi.PyOS_BeforeFork()
     pid = _clone3(_CLONE3, ctypes.addressof(arguments), ctypes.sizeof(arguments))
     if pid == 0:
@@ -66,9 +66,17 @@ def clone(flags: int, in_init: Callable[[], None] | None = None) -> tuple[int, i
     return _check(pid, "clone into new namespaces"), pidfd.value
 
 
+def _fork_arguments(flags: int, pidfd: int) -> ctypes.Array[ctypes.c_uint64]:
+    """As libc's fork has them: it keeps the main thread's id where the kernel writes the child's."""
+    pr_get_tid_address, place = 40, ctypes.c_void_p()
+    if _libc.prctl(pr_get_tid_address, ctypes.byref(place), 0, 0, 0) == 0:
+        flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+    return (ctypes.c_uint64 * 11)(flags, pidfd, place.value or 0, 0, signal.SIGCHLD)
+
+
 def fork_between() -> int:
     """fork() inside of `in_init`."""
-    arguments = (ctypes.c_uint64 * 11)(0, 0, 0, 0, signal.SIGCHLD)
+    arguments = _fork_arguments(0, 0)
     return _check(_clone3(_CLONE3, ctypes.addressof(arguments), ctypes.sizeof(arguments)), "fork")
 
 

@@ -159,6 +159,19 @@ def test_threads_and_shared_memory_pools_work() -> None:
     assert run(code.format("ProcessPoolExecutor"), profile="tool").stdout == b"[1, 2]\n"
 
 
+@fork_servers
+def test_another_thread_can_signal_the_main_one(backend: str) -> None:
+    code = """
+import signal, threading
+main = threading.get_ident()
+signal.signal(signal.SIGUSR1, lambda *_: print("got it"))
+thread = threading.Thread(target=lambda: signal.pthread_kill(main, signal.SIGUSR1))
+thread.start()
+thread.join()
+"""
+    assert run_on(backend, code).stdout == b"got it\n"
+
+
 # ---- limits
 
 

@@ -742,7 +742,7 @@ while __import__("time").monotonic() < end: os.getpid()
 import resource, signal
 for name in ("CPU", "FSIZE", "NOFILE", "AS", "DATA"):
     quietly(resource.prlimit, 1, getattr(resource, "RLIMIT_" + name), (0, 0))
-for _ in range(200):  # work for init: it reaps all of these
+for _ in range(400):  # work for init: it reaps all of these
     if os.fork() == 0:
         if os.fork() == 0: os._exit(0)
         os._exit(0)

@@ -394,7 +394,9 @@ builtins.print = None
         "import numpy as np\nprint(np.random.rand(), np.random.default_rng().random(), sep=',')",
         image="py-sci",
     ),
-    _honest("hold a secret", "secret = 'LEFT-' + input()\nprint(len(secret))", "37\n", stdin=b"0123456789abcdef" * 2),
+    _honest(
+        "hold a secret", "x = input(), '0fedcba987654321' * 2\nprint(len(x[0]))", "32\n", stdin=b"0123456789abcdef" * 2
+    ),
     _honest(
         "look for a secret",
         r"""
@@ -406,7 +408,7 @@ with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
         if line.split()[1][0] == "r" and "[v" not in line:
             memory.seek(start)
             try:
-                found |= set(re.findall(rb"(?:0123456[7]89abcdef){2}|LEF[T]-", memory.read(end - start)))
+                found |= set(re.findall(rb"(?:0123456[7]89abcdef){2}|(?:[0]fedcba98765432[1]){1}", memory.read(end - start)))
             except OSError:
                 pass
 print(found)
