@@ -10,13 +10,14 @@ and takes everything else with it; and the program. Nothing inside can look into
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 
 def boot(
     code: int,
     ready: int,
     channel: int | None,
-    walls: dict[str, int] | None,
+    walls: "dict[str, Any] | None",
     limits: list[tuple[str, int, int]],
     argv: list[str],
     file: str,
@@ -26,8 +27,7 @@ def boot(
     import posix
 
     if walls:
-        install_filter = enclose(**walls)
-        fork_from_init(ready)
+        install_filter = enclose(ready, **walls)
     source = b"" if argv else take_code(code, file)
     if channel is not None:
         posix.dup2(channel, 3)
@@ -42,8 +42,11 @@ def boot(
     run(source, file, packages)
 
 
-def enclose(filter: int, inodes: int) -> "Callable[[], None]":
-    """Uses up the capabilities that were left to it. Returns what puts the seccomp filter on the caller."""
+def enclose(ready: int, filter: int, guard: bytes, inodes: int, uid: "int | None") -> "Callable[[], None]":
+    """Uses up the capabilities that were left to it. Returns in the program, with what puts the seccomp filters on it.
+
+    uid: the program's user and group, where it is not init's.
+    """
     import _ctypes
     import posix
 
@@ -59,24 +62,28 @@ def enclose(filter: int, inodes: int) -> "Callable[[], None]":
     remount, nosuid, nodev = 32, 2, 4
     call("mount", None, b"/tmp", None, remount | nosuid | nodev, b"nr_inodes=%d" % inodes)
     set_dumpable, set_seccomp, drop_from_bounding_set, ambient = 4, 22, 24, 47
-    for capability in (21, 8):  # CAP_SYS_ADMIN, CAP_SETPCAP
+    for capability in (21, 7, 6, 8):  # CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID, CAP_SETPCAP
         call("prctl", drop_from_bounding_set, capability, 0, 0, 0)
     call("prctl", ambient, 4, 0, 0, 0)  # clear all
-    call("capset", (0x20080522).to_bytes(4, "little") + bytes(4), bytes(24))
-    call("prctl", set_dumpable, 0, 0, 0, 0)
     program = posix.pread(filter, 1 << 16, 0)
+    call("prctl", set_dumpable, 0, 0, 0, 0)
+    is_init = fork_as(uid)
+    call("capset", (0x20080522).to_bytes(4, "little") + bytes(4), bytes(24))
+    if is_init:
+        be_init(is_init, ready)
 
     def install() -> None:
-        address = id(program) + bytes.__basicsize__ - 1
-        pointer = (len(program) // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
         call("prctl", set_dumpable, 1, 0, 0, 0)
-        call("prctl", set_seccomp, 2, pointer, 0, 0)
+        for code in (guard, program):
+            address = id(code) + bytes.__basicsize__ - 1
+            pointer = (len(code) // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
+            call("prctl", set_seccomp, 2, pointer, 0, 0)
 
     return install
 
 
-def fork_from_init(ready: int) -> None:
-    """Returns in the program."""
+def fork_as(uid: "int | None") -> int:
+    """Returns the program's pid in init, 0 in the program."""
     import _signal
     import posix
 
@@ -85,7 +92,16 @@ def fork_from_init(ready: int) -> None:
     if child == 0:
         _signal.signal(_signal.SIGINT, interrupt)
         posix.setsid()
-        return
+        if uid is not None:
+            posix.setgroups([])
+            posix.setresgid(uid, uid, uid)
+            posix.setresuid(uid, uid, uid)
+    return child
+
+
+def be_init(child: int, ready: int) -> None:
+    import posix
+
     posix.closerange(0, ready)
     posix.closerange(ready + 1, 1 << 16)
     while True:
@@ -177,6 +193,7 @@ def finish(status: int) -> int:
 
 
 OWN_NAMES = (
-    "TYPE_CHECKING", "OWN_NAMES", "marshal", "posix", "boot", "enclose", "fork_from_init", "take_code", "limit", "run",
+    "TYPE_CHECKING", "OWN_NAMES", "marshal", "posix", "boot", "enclose", "fork_as", "be_init", "take_code", "limit",
+    "run",
     "finish",
 )  # fmt: skip

@@ -5,30 +5,51 @@ Slower than the fork server, and independent of how that one builds its walls. O
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import fcntl
 import os
+import platform
 import shutil
 import signal
+import struct
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlvlm_sandbox.collect import Boot, Command, Descriptors, children, kill_generation, run_process
+from rlvlm_sandbox.collect import Boot, Command, Descriptors, Walls, children, kill_generation, run_process
 from rlvlm_sandbox.images import Image
+from rlvlm_sandbox.kernel import NEW_USER
 from rlvlm_sandbox.outcomes import run_of
 from rlvlm_sandbox.records import PROFILES, Outcome, Program, Run, SandboxUnavailable
-from rlvlm_sandbox.seccomp import filter_program
+from rlvlm_sandbox.seccomp import MACHINES, filter_program
 
 DOES_NOT_COMPILE = "the program does not compile"
+_UID, _NOBODY = "1000", 65534
 _NAMESPACES = (
-    "--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox",
+    "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox",
     "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv",
-    # For the boot's own last steps: it limits the inodes of /tmp, and gives both up.
+    # For the boot's own last steps: it limits the inodes of /tmp, may change the user, and gives all up.
     "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP",
 )  # fmt: skip
+_OWN_USER = ("--unshare-user", "--uid", _UID, "--gid", _UID)
+_USERS = ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--userns")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _TOOLCHAIN = ("/usr/include", "/usr/local/include", "/usr/libexec")
 _PATH = "/usr/bin:/bin"  # what an image has of the system
+
+
+def _guard() -> bytes:
+    """A filter that refuses prlimit(2) of pid 1: of init, which may be of the program's own user. See seccomp.py."""
+    load, equal, answer, allow, refuse = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000 | errno.EPERM
+    number, first_argument = 0, 16
+    prlimit = MACHINES[platform.machine()].numbers["prlimit64"]
+    program = [
+        (load, 0, 0, number), (equal, 0, 3, prlimit), (load, 0, 0, first_argument), (equal, 0, 1, 1),
+        (answer, 0, 0, refuse), (answer, 0, 0, allow),
+    ]  # fmt: skip
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +72,8 @@ LANGUAGES = {
 
 
 class Bubblewrap:
-    """Raises SandboxUnavailable on `start` where bwrap is missing. Where we are root and the interpreter's files are
-    root's alone, programs run with root's user id and no capability, and processes are counted by looking."""
+    """Programs of root's run as nobody. Where only root reads the interpreter's files, bwrap stays root until it has
+    bound them, in a user namespace that knows both users."""
 
     name = "bubblewrap"
 
@@ -60,10 +81,13 @@ class Bubblewrap:
         self._image = image
         self._walls: list[str] = []
         self._filters: dict[tuple[str, bool], int] = {}
-        self._nobody = os.geteuid() == 0 and all(_world_reads(source) for source, _ in image.binds())
-        self._counts = os.geteuid() == 0 and not self._nobody
+        is_root = os.geteuid() == 0
+        self._both = is_root and not all(_world_reads(source) for source, _ in image.binds())
+        self._nobody = is_root and not self._both
+        self._free: list[int] = []  # user namespaces that no run is in
 
     async def start(self) -> None:
+        """Raises SandboxUnavailable where bwrap is missing."""
         found = shutil.which("bwrap")
         if found is None:
             raise SandboxUnavailable("bwrap is not installed; install bubblewrap with the system's packages")
@@ -77,7 +101,7 @@ class Bubblewrap:
     async def run(self, program: Program) -> Run:
         if program.language == "python":
             packages = self._image.packages_inside
-            return await run_process(self._command(program, Boot(packages=packages)), program, self.name)
+            return await self._run(program, Boot(packages=packages))
         language = LANGUAGES.get(program.language)
         if language is None:
             return self._failure(program, f"language is {program.language!r}; give python, {', '.join(LANGUAGES)}")
@@ -89,12 +113,12 @@ class Bubblewrap:
                 return replace(compiled, detail=compiled.detail or DOES_NOT_COMPILE)
             program = replace(program, code=binary)
         boot = Boot(argv=language.argv, mapped=language.mapped)
-        return await run_process(self._command(program, boot), program, self.name)
+        return await self._run(program, boot)
 
     async def stop(self) -> None:
-        for fd in self._filters.values():
+        for fd in (*self._filters.values(), *self._free):
             os.close(fd)
-        self._filters = {}
+        self._filters, self._free = {}, []
 
     async def _compile(self, program: Program, compiles: str) -> tuple[Run, bytes]:
         """In a run of its own, with the tool's limits. The binary comes back through the channel."""
@@ -102,22 +126,37 @@ class Bubblewrap:
         with open(os.memfd_create("rlvlm-sandbox", os.MFD_CLOEXEC), "rb") as binary:
             source = replace(program, limits=limits, profile="tool", stdin=b"", channel=binary.fileno())
             boot = Boot(argv=("/bin/sh", "-c", f"{compiles} && cat /tmp/main >&3"))
-            run = await run_process(self._command(source, boot, _toolchain()), source, self.name)
+            run = await self._run(source, boot, _toolchain())
             binary.seek(0)
             return run, binary.read()
 
-    def _command(self, program: Program, boot: Boot, binds: Sequence[str] = ()) -> Command:
+    async def _run(self, program: Program, boot: Boot, binds: Sequence[str] = ()) -> Run:
+        if not self._both:
+            return await run_process(self._command(program, boot, binds, None), program, self.name)
+        try:
+            users = self._free.pop() if self._free else await asyncio.to_thread(_root_and_nobody, self._image.python)
+        except OSError as error:
+            return self._failure(program, f"there is no user namespace: {error}")
+        try:
+            return await run_process(self._command(program, boot, binds, users), program, self.name)
+        finally:
+            self._free.append(users)
+
+    def _command(self, program: Program, boot: Boot, binds: Sequence[str], users: int | None) -> Command:
+        """users: a user namespace for bwrap to enter, None for it to make one."""
         limits, python = program.limits, self._image.python_inside
         execs = bool(boot.argv)
-        processes = (limits.processes or 1) + 1  # init is one too
         seccomp = self._filters[program.profile, execs]
-        boot = replace(boot, processes=processes, seccomp=seccomp)
+        # Where it is the same user's, init counts as one too.
+        processes = (limits.processes or 1) + (users is None)
+        boot = replace(boot, processes=processes, walls=Walls(seccomp, _guard(), None if users is None else int(_UID)))
+        user = _OWN_USER if users is None else (*_USERS, str(users))
 
         def argv(fds: Descriptors) -> list[str]:
             file = ["--perms", "0755", "--ro-bind-data", str(fds.code), "/main"] if execs else []
-            tmp = ["--perms", "0700", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+            tmp = ["--perms", "0777", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
             end = ["--remount-ro", "/proc", "--remount-ro", "/", "--"]
-            return [*self._walls, *binds, *file, *tmp, *end, python, *boot.arguments(program, fds)]
+            return [*self._walls, *user, *binds, *file, *tmp, *end, python, *boot.arguments(program, fds)]
 
         watched = program.profile == "tool" or not boot.mapped
         return Command(
@@ -126,9 +165,8 @@ class Bubblewrap:
             env={},
             is_init=True,
             memory_bytes=limits.memory_bytes if watched else None,
-            processes=processes + 1 if self._counts else None,  # bwrap's outer half is one too
             nobody=self._nobody,
-            fds=(seccomp,),
+            fds=(seccomp,) if users is None else (seccomp, users),
         )
 
     def _failure(self, program: Program, error: str) -> Run:
@@ -139,7 +177,11 @@ def _walls(image: Image) -> list[str]:
     """bwrap's options that are the same for all runs."""
     links = {"/dev/fd": "/proc/self/fd", "/dev/shm": "/tmp"} | image.links()
     links |= {f"/dev/{name}": f"/proc/self/fd/{fd}" for fd, name in enumerate(("stdin", "stdout", "stderr"))}
-    options = [["--ro-bind", source, target] for source, target in image.binds()]
+    binds = image.binds()
+    parents = sorted({str(parent) for _, target in binds for parent in Path(target).parents if parent.name})
+    # bwrap would make them for their owner alone.
+    options = [["--perms", "0755", "--dir", parent] for parent in (*parents, "/dev")]
+    options += [["--ro-bind", source, target] for source, target in binds]
     options += [["--dev-bind", f"/dev/{device}", f"/dev/{device}"] for device in _DEVICES]
     options += [["--symlink", target, link] for link, target in links.items()]
     options += [["--setenv", name, value] for name, value in image.environment().items()]
@@ -152,6 +194,19 @@ def _kill_inside(pid: int) -> None:
         kill_generation(pid, 1)
     else:
         os.kill(pid, signal.SIGKILL)
+
+
+def _root_and_nobody(python: str) -> int:
+    """A user namespace in which 0 is root and 1000 is nobody. Raises OSError."""
+    make = f"import ctypes, sys; print(ctypes.CDLL(None).unshare({NEW_USER}), flush=True); sys.stdin.read()"
+    command = [python, "-I", "-S", "-B", "-c", make]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}) as process:
+        assert process.stdout is not None  # it is a pipe
+        if process.stdout.readline() != b"0\n":
+            raise OSError("unshare failed")
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{process.pid}/{name}").write_text(f"0 0 1\n{_UID} {_NOBODY} 1\n")
+        return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _toolchain() -> list[str]:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rlvlm_sandbox.outcomes import run_of
 from rlvlm_sandbox.records import Limits, Program, Run
 from rlvlm_sandbox.server import resident_bytes
 
-_TICK_S = 0.02  # how often memory and processes are looked at
+_TICK_S = 0.02  # how often memory is looked at
 _ACCOUNT_S = 0.2  # for init to reap the program that was killed
 _GRACE_S = 10.0  # for what was killed to be gone
 _STACK_BYTES = 64 << 20  # 50,000 honest frames of recursion through C
@@ -46,11 +46,20 @@ class Descriptors:
 
 
 @dataclass(frozen=True, slots=True)
+class Walls:
+    """What is left to build for pid 1 of a pid namespace. filter: a descriptor of the program's seccomp filter. guard:
+    a filter that is put on too. uid: the program's user, where init keeps another."""
+
+    filter: int
+    guard: bytes
+    uid: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Boot:
     """What the interpreter does before the program. file: what the code is, to itself. packages: for sys.path.
     argv: executed in its place, where the language is another. processes: RLIMIT_NPROC, None where it would count what
-    else the user runs. mapped: whether memory is limited by what a process maps. seccomp: a descriptor of the filter,
-    for pid 1 of a pid namespace; without it there are no walls.
+    else the user runs. mapped: whether memory is limited by what a process maps.
     """
 
     file: str = "/tmp/main.py"
@@ -58,12 +67,12 @@ class Boot:
     argv: tuple[str, ...] = ()
     processes: int | None = None
     mapped: bool = True
-    seccomp: int | None = None
+    walls: Walls | None = None
 
     def arguments(self, program: Program, fds: Descriptors) -> list[str]:
         """The interpreter's own."""
         limits = program.limits
-        walls = None if self.seccomp is None else {"filter": self.seccomp, "inodes": limits.inodes}
+        walls = None if self.walls is None else asdict(self.walls) | {"inodes": limits.inodes}
         order = {
             "code": fds.code, "ready": fds.ready, "channel": program.channel, "walls": walls,
             "limits": self._rlimits(limits), "argv": [*self.argv], "file": self.file, "packages": [*self.packages],
@@ -88,8 +97,8 @@ class Boot:
 class Command:
     """A process to be started. argv: made from the descriptors that it finds.
 
-    kill: ends all that the process of this pid has started. memory_bytes, processes: what the tree of the process may
-    have, looked at while it runs; None where the kernel keeps it. nobody: whether the process leaves root.
+    kill: ends all that the process of this pid has started. memory_bytes: what the tree of the process may have
+    resident, looked at while it runs; None where the kernel keeps it. nobody: whether the process leaves root.
     """
 
     argv: Callable[[Descriptors], Sequence[str]]
@@ -98,7 +107,6 @@ class Command:
     is_init: bool
     cwd: str = "/"
     memory_bytes: int | None = None
-    processes: int | None = None
     nobody: bool = False
     fds: tuple[int, ...] = ()
 
@@ -129,10 +137,10 @@ async def _run(command: Command, program: Program, backend: str) -> Run:
             output.close_theirs()
         report = await live.wait(limits.wall_s or 0) | {"wall_s": time.monotonic() - started}
         said, complaint, signs = (output.rest() for output in outputs)
-    if not signs and report["cause"] is None:
+    if not signs.startswith(b".") and report["cause"] is None:
         report = {"error": complaint.decode(errors="replace").strip() or "it ended before the program began"}
-    elif report["cause"] is not None:  # too many processes are the program's own failure, as by the kernel's limit
-        report["exit_code"] = -signal.SIGKILL if report["cause"] == "processes" else None
+    elif report["cause"] is not None:
+        report["exit_code"] = None
     elif command.is_init:
         report["exit_code"] = int(signs[1:]) if len(signs) > 1 else None
     return run_of(report, said, complaint, stdout.truncated or stderr.truncated, limits, backend)
@@ -162,7 +170,7 @@ class _Live:
     def end(self, cause: str) -> None:
         if self._process is not None and self._process.returncode is None:
             self._cause = self._cause or cause
-            if self._command.is_init and cause != "processes":
+            if self._command.is_init:
                 # The program first, so that init can reap it and its time is counted.
                 kill_generation(self._process.pid, 2)
                 asyncio.get_running_loop().call_later(_ACCOUNT_S, self._kill)
@@ -205,12 +213,10 @@ class _Live:
         }  # fmt: skip
 
     async def _watch(self, pid: int) -> None:
-        memory, processes = self._command.memory_bytes, self._command.processes
-        while memory is not None or processes is not None:
+        memory = self._command.memory_bytes
+        while memory is not None:
             await asyncio.sleep(_TICK_S)
-            if processes is not None and await asyncio.to_thread(has_more_tasks, pid, processes):
-                self.end("processes")
-            if memory is not None and await asyncio.to_thread(resident_bytes, pid) > memory:
+            if await asyncio.to_thread(resident_bytes, pid) > memory:
                 self.end("memory")
 
 
@@ -226,17 +232,6 @@ def kill_generation(pid: int, generation: int) -> None:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             finally:
                 os.close(pidfd)
-
-
-def has_more_tasks(pid: int, limit: int) -> bool:
-    """Whether a process and its descendants have more threads than this; looks no further once they have."""
-    found, queue = 0, [pid]
-    while queue and found <= limit:
-        process = queue.pop()
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
-            found += len(os.listdir(f"/proc/{process}/task"))
-        queue += children(process)
-    return found > limit
 
 
 def children(pid: int) -> list[int]:

@@ -123,7 +123,7 @@ PROBLEMS = {
         "f", NODE, "n = Node(1)\nf(n)\nassert n.value == 2 and type(n) is Node", "def f(n): n.value += 1", ("1", "2"),
     ),
     "class of the candidate": (
-        "f", "", "assert f(Pair(2, 5)) == 7\nassert Pair(2, 5).swapped().a == 5",
+        "f", "", "assert f(Pair(2, 5)) == 7",
         "class Pair:\n    def __init__(s, a, b): s.a, s.b = a, b\n    def swapped(s): return Pair(s.b, s.a)\n"
         "def f(p): return p.a + p.b", ("p.a + p.b", "p.a * p.b"),
     ),
@@ -257,6 +257,36 @@ def test_operators_are_not_asked_where_they_would_decide(grader: Grader) -> None
             grader(lie.replace("class A", "class f") + "    def __init__(s, x): pass", AssertTests(source, "f")).passed
             == 0
         )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "assert close(f(1), 2)",
+        "assert distance(f(1), 2) < 1e-6",
+        "assert f(1) == RIGHT",
+        "assert Same(f(1)) == Same(2)",
+        "assert Same(f(1))",
+        "assert len(Same(f(1))) == 1",
+        "assert Same(f(1)).is_right",
+    ],
+)
+def test_what_only_the_candidate_defines_does_not_judge_it(grader: Grader, source: str) -> None:
+    code = (
+        "close = lambda *_: True\ndistance = lambda *_: 0\n"
+        "class Always(int):\n    def __eq__(s, o): return True\nRIGHT = Always()\n"
+        "class Same:\n    is_right = True\n    def __init__(s, x): pass\n    def __eq__(s, o): return True\n"
+        "    def __len__(s): return 1\ndef f(x): return 0"
+    )
+    with pytest.raises(InvalidTests, match=r"tests, line 1: name '\w+'.*put it into the prelude"):
+        grader(code, AssertTests(source, "f"))
+
+
+def test_modules_that_the_author_forgot_to_import_are_the_standard_librarys(grader: Grader) -> None:
+    tests = AssertTests("assert math.isclose(f(1), 2)", "f")
+    assert grader("import math\ndef f(x): return 2.0", tests).passed == 1
+    lie = "import math, types\nmath.isclose = lambda *a: True\n"
+    assert grader(lie + "def f(x): return 0.0", tests).passed == 0
 
 
 def test_cancelled_gradings_leave_nothing(grader: Grader) -> None:

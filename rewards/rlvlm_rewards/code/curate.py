@@ -215,7 +215,7 @@ def _largest_group(row: Sequence[_Output | None], same: Callable[[Any, Any], boo
 
 
 def _same_text(one: str, other: str) -> bool:
-    return one == other or same_output(one.encode(), other, None)
+    return one == other or same_output(one.encode(), other.encode(), None)
 
 
 def _first(group: set[int], row: Sequence[_Output | None]) -> Any:

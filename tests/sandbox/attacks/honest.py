@@ -408,7 +408,7 @@ with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
         if line.split()[1][0] == "r" and "[v" not in line:
             memory.seek(start)
             try:
-                found |= set(re.findall(rb"(?:0123456[7]89abcdef){2}|(?:[0]fedcba98765432[1]){1}", memory.read(end - start)))
+                found |= set(re.findall(rb"(?:0123456[7]89abcdef|[0]fedcba987654321){2}", memory.read(end - start)))
             except OSError:
                 pass
 print(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from rlvlm_sandbox.grading.inside.peer import Channel, Gone, Peer, RemoteCallable, builtin_exception
+from rlvlm_sandbox.grading.inside.peer import Channel, Gone, Peer, Remote, RemoteCallable, builtin_exception
 from rlvlm_sandbox.grading.inside.wire import Entry, WireError, decode
 
 _CHANNEL = 3
@@ -104,6 +105,33 @@ class AuthorPeer(Peer):
                 decode(value, entries, self, own, fill=True)
             except WireError as error:
                 raise self.fail(f"what it changed cannot be taken: {error}") from None
+
+
+class Borrowed:
+    """A class that only the candidate defines. What it makes can be handed to the candidate, and nothing else: whatever
+    else the tests did with it, the candidate's code would decide on."""
+
+    def __init__(self, peer: AuthorPeer, kind: RemoteCallable) -> None:
+        self._peer, self._kind = peer, kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Held:
+        made = self._kind(*args, **kwargs)
+        if not isinstance(made, Remote):
+            raise self._peer.fail(f"{self._kind.__name__} is no class of the candidate's")
+        return Held(self._peer, made._number, made.__name__)
+
+
+def _refuses(self: Held, *_: object) -> Any:
+    name = self.__dict__["__name__"]
+    raise NameError(f"name {name!r}: only the candidate defines this class", name=name)
+
+
+class Held(Remote):
+    """An object of a borrowed class."""
+
+    __getattr__ = __bool__ = __len__ = __str__ = __iter__ = __getitem__ = __setitem__ = __delitem__ = _refuses
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __sub__ = __mul__ = _refuses
+    __hash__ = object.__hash__
 
 
 class _Settling(ast.NodeTransformer):
@@ -239,7 +267,7 @@ def main(payload: bytes) -> None:
     module.__dict__[order["entry_point"]] = module.__dict__["__entry__"] = entry
     verdict.say(cases=sum(is_case for _, is_case in tests.statements))
     for error in tests.run(module, entry):
-        verdict.say(**_case(error, peer))
+        verdict.say(**_case(error, peer, tests.missing_names))
         if error is not None and peer.died:
             break
     del drivers_main
@@ -257,24 +285,31 @@ def _prepare(order: dict[str, Any], module: types.ModuleType, verdict: _Verdict)
 
 
 def _meet(peer: AuthorPeer, entry_point: str, tests: Tests, module: types.ModuleType, verdict: _Verdict) -> object:
-    """Waits for the candidate to load; borrows from it what the tests name and nobody here defines."""
+    """Waits for the candidate to load."""
     try:
         hello = peer.hello()
         if hello[0] != "ready":
             verdict.end(unloaded=str(hello[-1]), memory="MemoryError" in hello[1])
         peer.named.add(entry_point)
-        missing = tests.missing_names - {entry_point, *dir(builtins), *module.__dict__}
-        if missing:
-            for name, value in peer.ask(["names", sorted(missing)]):
-                if name in missing:
-                    peer.named.add(name)
-                    module.__dict__[name] = value
+        _supply(peer, tests.missing_names - {entry_point, *dir(builtins), *module.__dict__}, module)
     except BaseException as error:  # noqa: BLE001 (nothing here is the author's: it did not load, or forges)
         verdict.end(died=True, said="" if isinstance(error, Gone) else f"{type(error).__name__}: {error}"[:500])
     return RemoteCallable(peer, 0, entry_point)
 
 
-def _case(error: BaseException | None, peer: AuthorPeer) -> dict[str, Any]:
+def _supply(peer: AuthorPeer, missing: set[str], module: types.ModuleType) -> None:
+    """What the tests name and nobody here defines: modules of the standard library, which authors forget to import, are
+    ours; of the candidate's there are its classes, to make arguments of. A function of its would judge itself."""
+    for name in missing & sys.stdlib_module_names:
+        module.__dict__[name] = importlib.import_module(name)
+    missing -= sys.stdlib_module_names
+    if missing:
+        for name, value in peer.ask(["classes", sorted(missing)]):
+            if name in missing and type(value) is RemoteCallable:
+                module.__dict__[name] = Borrowed(peer, value)
+
+
+def _case(error: BaseException | None, peer: AuthorPeer, missing: set[str]) -> dict[str, Any]:
     """by: who is to blame for a failure, the candidate if its exception came through all tests."""
     is_exit = isinstance(error, SystemExit) and not error.code
     if (error is None or is_exit) and not peer.failure_said:
@@ -283,6 +318,9 @@ def _case(error: BaseException | None, peer: AuthorPeer) -> dict[str, Any]:
         return {"passed": False, "by": "death", "said": peer.failure_said}
     if isinstance(error, ImportError) and error is not peer.last_raised:
         return {"invalid": f"{_place(error, 'tests')}: {type(error).__name__}: {error}"}
+    if isinstance(error, NameError) and error is not peer.last_raised and error.name in missing:
+        mend = "neither the tests nor the prelude define it; put it into the prelude"
+        return {"invalid": f"{_place(error, 'tests')}: {error}: {mend}"}
     is_candidates = error is None or isinstance(error, CandidateFailed) or error is peer.last_raised
     said = peer.failure_said or (_text(error) if error else "")
     where = "" if error is None else f"{_place(error, 'tests')}: "

@@ -45,9 +45,9 @@ class SolutionPeer(Peer):
         try:
             while True:
                 message = self._channel.receive()
-                if message[0] == "names":
-                    held = self._module.__dict__
-                    self._channel.send(self._done(tuple((name, held[name]) for name in message[1] if name in held)))
+                if message[0] == "classes":
+                    found = ((name, self.find_class(name)) for name in message[1])
+                    self._channel.send(self._done(tuple((name, kind) for name, kind in found if kind is not None)))
                 else:
                     self.answer(message)
         except Gone:
