@@ -1,127 +1,131 @@
-"""How fast the sandbox is, beside what a user would otherwise pick: a bare `python3 -c` for each program.
+"""The price of walls: a sandboxed program against a bare `python3 -c` of the same interpreter.
 
-    .venv/bin/python benchmarks/sandbox.py [--runs 200] [--python /usr/bin/python3]
+    .venv/bin/python benchmarks/sandbox.py [--runs 200]
 
-One run of each in turn, so that whatever else the machine does meets all alike. Prints a table of ratios and targets,
-and exits with 1 if one is missed. Every protection is on. `--python` names another interpreter to start bare.
+Everything is interleaved (A B C A B C ...), so that what else the machine does falls on all alike. `bare` is
+subprocess.run with captured output. One at a time: p50 and p95 of `print(1)`, and of the same with numpy and sympy,
+which bare has to import. Four at a time: programs a second, of four threads with subprocess.run against four calls of
+Sandbox.run in flight. Exits with 1 where a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
-from rlvlm_sandbox import Outcome, Sandbox, probe
+from rlvlm_sandbox import Sandbox
+from rlvlm_sandbox.images import find_image
 
-SMALL = "print(1)"
-SCIENCE = "import numpy, sympy\nprint(1)"
+PLAIN, SCIENCE = "print(1)", "import numpy, sympy; print(1)"
+FORK_SERVERS, BACKENDS = ("namespaces", "landlock"), ("namespaces", "landlock", "bubblewrap")
 AT_A_TIME = 4
+MS = 1000.0
+Line = tuple[str, str, float | None, bool]  # what, measured, ratio to bare, whether its target is met
 
 
-@dataclass(frozen=True)
-class Line:
-    """One claim. target: the most (p50) or, for throughput, the least that the ratio to bare may be."""
-
-    what: str
-    bare: float
-    ours: float
-    unit: str
-    target: float
-
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.bare
-
-    @property
-    def holds(self) -> bool:
-        return self.ratio >= self.target if self.unit == "runs/s" else self.ratio <= self.target
-
-    def __str__(self) -> str:
-        sign = ">=" if self.unit == "runs/s" else "<="
-        numbers = f"{self.bare:9.1f} {self.ours:9.1f} {self.unit:7} {self.ratio:6.3f}  {sign} {self.target:<5}"
-        return f"{self.what:44} {numbers} {'' if self.holds else 'MISSED'}".rstrip()
+def bare(code: str) -> None:
+    """Without the environment's own start-up files, which would slow it down; packages by PYTHONPATH."""
+    image = find_image("py-sci" if code == SCIENCE else "py")
+    env = {**image.environment(inside=False), "PYTHONPATH": ":".join(image.packages)}
+    done = subprocess.run([image.python, "-B", "-c", code], capture_output=True, env=env)
+    assert done.stdout == b"1\n", done
 
 
-def bare(python: str, code: str) -> None:
-    subprocess.run([python, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, check=True)
-
-
-async def timed(call: Callable[[], Awaitable[object]]) -> float:
-    start = time.perf_counter()
-    await call()
-    return (time.perf_counter() - start) * 1e3
-
-
-async def in_sandbox(sandbox: Sandbox, code: str) -> None:
+async def sandboxed(sandbox: Sandbox, code: str) -> None:
     run = await sandbox.run(code)
-    if run.outcome is not Outcome.OK or run.stdout != b"1\n":
-        raise SystemExit(f"{sandbox.backend}: {run}")
+    assert run.stdout == b"1\n", run
 
 
-async def one_at_a_time(python: str, sandbox: Sandbox, code: str, runs: int) -> tuple[float, float]:
-    """Milliseconds of the median run, bare and ours."""
-    times: tuple[list[float], list[float]] = ([], [])
+async def one_at_a_time(code: str, sandboxes: Sequence[Sandbox], runs: int) -> list[list[float]]:
+    """Milliseconds of each run: of bare, then of each sandbox."""
+    times: list[list[float]] = [[] for _ in range(1 + len(sandboxes))]
     for _ in range(runs):
-        times[0].append(await timed(lambda: asyncio.to_thread(bare, python, code)))
-        times[1].append(await timed(lambda: in_sandbox(sandbox, code)))
-    return statistics.median(times[0]), statistics.median(times[1])
+        for sandbox, sample in zip((None, *sandboxes), times, strict=True):
+            started = time.perf_counter()
+            if sandbox is None:
+                bare(code)
+            else:
+                await sandboxed(sandbox, code)
+            sample.append((time.perf_counter() - started) * MS)
+    return times
 
 
-async def four_at_a_time(python: str, sandbox: Sandbox, runs: int, rounds: int = 5) -> tuple[float, float]:
-    """Runs a second, bare and ours: the median round."""
-    rates: tuple[list[float], list[float]] = ([], [])
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        for _ in range(rounds):
-            start = time.perf_counter()
-            list(pool.map(lambda _: bare(python, SMALL), range(runs)))
-            rates[0].append(runs / (time.perf_counter() - start))
-            waiting = iter(range(runs))
+async def four_at_a_time(sandboxes: Sequence[Sandbox], runs: int, rounds: int = 7) -> list[list[float]]:
+    """Programs a second, by round: of bare, then of each sandbox."""
 
-            async def work(waiting: object = waiting) -> None:
-                for _ in waiting:  # type: ignore[attr-defined]
-                    await in_sandbox(sandbox, SMALL)
+    async def ours(sandbox: Sandbox) -> None:
+        queue = iter(range(runs))
 
-            start = time.perf_counter()
-            await asyncio.gather(*(work() for _ in range(AT_A_TIME)))
-            rates[1].append(runs / (time.perf_counter() - start))
-    return statistics.median(rates[0]), statistics.median(rates[1])
+        async def work() -> None:
+            for _ in queue:
+                await sandboxed(sandbox, PLAIN)
+
+        await asyncio.gather(*(work() for _ in range(AT_A_TIME)))
+
+    def of(sandbox: Sandbox) -> Callable[[], Awaitable[None]]:
+        return lambda: ours(sandbox)
+
+    async def theirs() -> None:
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            await asyncio.to_thread(lambda: list(pool.map(bare, [PLAIN] * runs)))
+
+    ways = [theirs, *(of(sandbox) for sandbox in sandboxes)]
+    rates: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds):
+        for way, sample in zip(ways, rates, strict=True):
+            started = time.perf_counter()
+            await way()
+            sample.append(runs / (time.perf_counter() - started))
+    return rates
 
 
-async def measure(python: str, runs: int) -> list[Line]:
-    lines = []
-    for backend, slowest, least in (("namespaces", 0.45, 2.0), ("landlock", 0.45, 2.5), ("bubblewrap", 1.8, None)):
-        if (reason := await probe(backend)) is not None:
-            print(f"{backend}: left out, as it does not hold here: {reason}")
-            continue
-        async with Sandbox(backend, workers=os.cpu_count()) as sandbox:
-            lines.append(Line(f"{backend}, p50", *await one_at_a_time(python, sandbox, SMALL, runs), "ms", slowest))
-            if least is not None:
-                rates = await four_at_a_time(python, sandbox, runs // 4)
-                lines.append(Line(f"{backend}, {AT_A_TIME} at a time", *rates, "runs/s", least))
-        if least is not None and python == sys.executable:
-            async with Sandbox(backend, image="py-sci", workers=os.cpu_count()) as sandbox:
-                times = await one_at_a_time(python, sandbox, SCIENCE, max(runs // 10, 5))
-                lines.append(Line(f"{backend}, p50 with numpy and sympy", *times, "ms", 0.03))
+def latency_lines(title: str, names: Sequence[str], times: list[list[float]], targets: Sequence[float]) -> list[Line]:
+    p50 = [statistics.median(sample) for sample in times]
+    p95 = [statistics.quantiles(sample, n=20)[-1] for sample in times]
+    lines: list[Line] = [(f"{title}, bare", f"{p50[0]:.2f} / {p95[0]:.2f} ms", None, True)]
+    for name, middle, high, target in zip(names, p50[1:], p95[1:], targets, strict=True):
+        ratio = middle / p50[0]
+        measured = f"{middle:.2f} / {high:.2f} ms, target <= {target}"
+        lines.append((f"{title}, {name}", measured, ratio, ratio <= target))
     return lines
+
+
+def throughput_lines(names: Sequence[str], rates: list[list[float]], targets: Sequence[float]) -> list[Line]:
+    lines: list[Line] = [("four at a time, bare", f"{statistics.median(rates[0]):.0f} a second", None, True)]
+    for name, sample, target in zip(names, rates[1:], targets, strict=True):
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(sample, rates[0], strict=True))
+        measured = f"{statistics.median(sample):.0f} a second, target >= {target}"
+        lines.append((f"four at a time, {name}", measured, ratio, ratio >= target))
+    return lines
+
+
+async def measure(runs: int) -> list[Line]:
+    async with contextlib.AsyncExitStack() as stack:
+        plain = [await stack.enter_async_context(Sandbox(name)) for name in BACKENDS]
+        times = await one_at_a_time(PLAIN, plain, runs)
+        lines = latency_lines("print(1)", BACKENDS, times, (0.45, 0.45, 1.8))
+        lines += throughput_lines(FORK_SERVERS, await four_at_a_time(plain[:2], runs), (2.0, 2.5))
+        science = [await stack.enter_async_context(Sandbox(name, "py-sci")) for name in FORK_SERVERS]
+        times = await one_at_a_time(SCIENCE, science, max(10, runs // 10))
+        return lines + latency_lines("numpy and sympy", FORK_SERVERS, times, (0.03, 0.03))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=200, help="of each (default: %(default)s)")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter to start bare (default: this one)")
-    arguments = parser.parse_args()
-    lines = asyncio.run(measure(arguments.python, arguments.runs))
-    print(f"{'':44} {'bare':>9} {'ours':>9} {'':7} {'ratio':>6}  target")
-    print(*lines, sep="\n")
-    return 0 if all(line.holds for line in lines) else 1
+    parser.add_argument("--runs", type=int, default=200, help="of each way (default: %(default)s)")
+    lines = asyncio.run(measure(parser.parse_args().runs))
+    print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}; p50 / p95, ratio of the p50 to bare's\n")
+    for what, measured, ratio, met in lines:
+        print(f"{what:28} {'' if ratio is None else f'{ratio:.3f}':>7}  {measured}{'' if met else '   MISSED'}")
+    return 0 if all(met for *_, met in lines) else 1
 
 
 if __name__ == "__main__":

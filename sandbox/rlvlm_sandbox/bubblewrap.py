@@ -177,15 +177,19 @@ def _walls(image: Image) -> list[str]:
     """bwrap's options that are the same for all runs."""
     links = {"/dev/fd": "/proc/self/fd", "/dev/shm": "/tmp"} | image.links()
     links |= {f"/dev/{name}": f"/proc/self/fd/{fd}" for fd, name in enumerate(("stdin", "stdout", "stderr"))}
-    binds = image.binds()
-    parents = sorted({str(parent) for _, target in binds for parent in Path(target).parents if parent.name})
-    # bwrap would make them for their owner alone.
-    options = [["--perms", "0755", "--dir", parent] for parent in (*parents, "/dev")]
-    options += [["--ro-bind", source, target] for source, target in binds]
+    options = [["--perms", "0755", "--dir", "/dev"]]
     options += [["--dev-bind", f"/dev/{device}", f"/dev/{device}"] for device in _DEVICES]
     options += [["--symlink", target, link] for link, target in links.items()]
     options += [["--setenv", name, value] for name, value in image.environment().items()]
-    return [*_NAMESPACES, *(word for option in options for word in option), "--proc", "/proc"]
+    words = [word for option in options for word in option]
+    return [*_NAMESPACES, *_readable(image.binds()), *words, "--proc", "/proc"]
+
+
+def _readable(binds: Sequence[tuple[str, str]]) -> list[str]:
+    """bwrap would make the directories above for their owner alone."""
+    parents = sorted({str(parent) for _, target in binds for parent in Path(target).parents if parent.name})
+    directories = [word for parent in parents for word in ("--perms", "0755", "--dir", parent)]
+    return [*directories, *(word for source, target in binds for word in ("--ro-bind", source, target))]
 
 
 def _kill_inside(pid: int) -> None:
@@ -210,8 +214,7 @@ def _root_and_nobody(python: str) -> int:
 
 
 def _toolchain() -> list[str]:
-    present = [path for path in _TOOLCHAIN if os.path.isdir(path)]
-    return [word for path in present for word in ("--ro-bind", path, path)]
+    return _readable([(path, path) for path in _TOOLCHAIN if os.path.isdir(path)])
 
 
 def _filter_file(program: bytes) -> int:

@@ -65,7 +65,8 @@ class ChartTable:
     A table is markdown, CSV (commas or tabs), or JSON: {row: {column: value}}, a list of objects whose first key is
     that of the row header, or a list of lists. Otherwise its first line has the column headers and its first column the
     row headers; no line is longer than the first. Nothing but the table stands in the answer. Empty cells are none;
-    signs of currency and per cent in a cell do not count. An answer with more than ten times the reference's cells is worth 0.
+    signs of currency and per cent in a cell do not count. An answer with more than ten times the reference's cells is
+    worth 0.
 
     tolerance: a number is right within this share of the reference; a text is right if equal after normalisation.
     """
