@@ -2,22 +2,28 @@
 
     .venv/bin/python benchmarks/sandbox.py [--runs 200]
 
-Everything is interleaved (A B C A B C ...), so that what else the machine does falls on all alike. `bare` is
-subprocess.run with captured output. One at a time: p50 and p95 of `print(1)`, and of the same with numpy and sympy,
-which bare has to import. Four at a time: programs a second, of four threads with subprocess.run against four calls of
-Sandbox.run in flight. Exits with 1 where a target is missed.
+Everything is interleaved (A B C A B C ...), so that what else the machine does falls on all alike; measure on an idle
+one all the same. `bare` is subprocess.run with captured output, of the same interpreter in a virtual environment
+without packages. One at a time: p50 and p95 of `print(1)`, and of the same with numpy and sympy, which bare has to
+import. Four at a time: programs a second, of four threads with subprocess.run against four calls of Sandbox.run in
+flight. Exits with 1 where a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import contextlib
+import functools
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import venv
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,11 +37,24 @@ MS = 1000.0
 Line = tuple[str, str, float | None, bool]  # what, measured, ratio to bare, whether its target is met
 
 
-def bare(code: str) -> None:
-    """Without the environment's own start-up files, which would slow it down; packages by PYTHONPATH."""
+@functools.cache
+def clean_python() -> str:
+    """The same interpreter in an environment without packages, whose start-up files could cost more than all else."""
+    directory = tempfile.mkdtemp(prefix="benchmark-")
+    atexit.register(shutil.rmtree, directory)
+    venv.create(directory, symlinks=True)
+    return f"{directory}/bin/python"
+
+
+@functools.cache
+def bare_environment(code: str) -> dict[str, str]:
     image = find_image("py-sci" if code == SCIENCE else "py")
-    env = {**image.environment(inside=False), "PYTHONPATH": ":".join(image.packages)}
-    done = subprocess.run([image.python, "-B", "-c", code], capture_output=True, env=env)
+    path = {"PYTHONPATH": ":".join(image.packages)} if image.packages else {}
+    return image.environment(inside=False) | path
+
+
+def bare(code: str) -> None:
+    done = subprocess.run([clean_python(), "-c", code], capture_output=True, env=bare_environment(code))
     assert done.stdout == b"1\n", done
 
 
@@ -46,6 +65,7 @@ async def sandboxed(sandbox: Sandbox, code: str) -> None:
 
 async def one_at_a_time(code: str, sandboxes: Sequence[Sandbox], runs: int) -> list[list[float]]:
     """Milliseconds of each run: of bare, then of each sandbox."""
+    bare(code)
     times: list[list[float]] = [[] for _ in range(1 + len(sandboxes))]
     for _ in range(runs):
         for sandbox, sample in zip((None, *sandboxes), times, strict=True):

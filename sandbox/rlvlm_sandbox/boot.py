@@ -42,8 +42,8 @@ def boot(
     run(source, file, packages)
 
 
-def enclose(ready: int, filter: int, guard: bytes, inodes: int, uid: "int | None") -> "Callable[[], None]":
-    """Uses up the capabilities that were left to it. Returns in the program, with what puts the seccomp filters on it.
+def enclose(ready: int, filter: int, inodes: int, uid: "int | None") -> "Callable[[], None]":
+    """Uses up the capabilities that were left to it. Returns in the program, with what puts the seccomp filter on it.
 
     uid: the program's user and group, where it is not init's.
     """
@@ -74,10 +74,9 @@ def enclose(ready: int, filter: int, guard: bytes, inodes: int, uid: "int | None
 
     def install() -> None:
         call("prctl", set_dumpable, 1, 0, 0, 0)
-        for code in (guard, program):
-            address = id(code) + bytes.__basicsize__ - 1
-            pointer = (len(code) // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
-            call("prctl", set_seccomp, 2, pointer, 0, 0)
+        address = id(program) + bytes.__basicsize__ - 1
+        pointer = (len(program) // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
+        call("prctl", set_seccomp, 2, pointer, 0, 0)
 
     return install
 

@@ -5,14 +5,10 @@ Slower than the fork server, and independent of how that one builds its walls. O
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import fcntl
 import os
-import platform
 import shutil
 import signal
-import struct
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +19,7 @@ from rlvlm_sandbox.images import Image
 from rlvlm_sandbox.kernel import NEW_USER
 from rlvlm_sandbox.outcomes import run_of
 from rlvlm_sandbox.records import PROFILES, Outcome, Program, Run, SandboxUnavailable
-from rlvlm_sandbox.seccomp import MACHINES, filter_program
+from rlvlm_sandbox.seccomp import filter_program
 
 DOES_NOT_COMPILE = "the program does not compile"
 _UID, _NOBODY = "1000", 65534
@@ -38,18 +34,6 @@ _USERS = ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--userns")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _TOOLCHAIN = ("/usr/include", "/usr/local/include", "/usr/libexec")
 _PATH = "/usr/bin:/bin"  # what an image has of the system
-
-
-def _guard() -> bytes:
-    """A filter that refuses prlimit(2) of pid 1: of init, which may be of the program's own user. See seccomp.py."""
-    load, equal, answer, allow, refuse = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000 | errno.EPERM
-    number, first_argument = 0, 16
-    prlimit = MACHINES[platform.machine()].numbers["prlimit64"]
-    program = [
-        (load, 0, 0, number), (equal, 0, 3, prlimit), (load, 0, 0, first_argument), (equal, 0, 1, 1),
-        (answer, 0, 0, refuse), (answer, 0, 0, allow),
-    ]  # fmt: skip
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +118,7 @@ class Bubblewrap:
         if not self._both:
             return await run_process(self._command(program, boot, binds, None), program, self.name)
         try:
-            users = self._free.pop() if self._free else await asyncio.to_thread(_root_and_nobody, self._image.python)
+            users = self._free.pop() if self._free else _root_and_nobody(self._image.python)
         except OSError as error:
             return self._failure(program, f"there is no user namespace: {error}")
         try:
@@ -149,7 +133,7 @@ class Bubblewrap:
         seccomp = self._filters[program.profile, execs]
         # Where it is the same user's, init counts as one too.
         processes = (limits.processes or 1) + (users is None)
-        boot = replace(boot, processes=processes, walls=Walls(seccomp, _guard(), None if users is None else int(_UID)))
+        boot = replace(boot, processes=processes, walls=Walls(seccomp, None if users is None else int(_UID)))
         user = _OWN_USER if users is None else (*_USERS, str(users))
 
         def argv(fds: Descriptors) -> list[str]:

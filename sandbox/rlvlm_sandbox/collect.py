@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import marshal
 import math
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlvlm_sandbox.descriptors import Output, sealed
 from rlvlm_sandbox.outcomes import run_of
 from rlvlm_sandbox.records import Limits, Program, Run
 from rlvlm_sandbox.server import resident_bytes
@@ -28,7 +28,6 @@ _ACCOUNT_S = 0.2  # for init to reap the program that was killed
 _GRACE_S = 10.0  # for what was killed to be gone
 _STACK_BYTES = 64 << 20  # 50,000 honest frames of recursion through C
 _SIGNS_BYTES = 16  # of what `Descriptors.ready` takes
-_PIPE_BYTES = 1 << 20  # so that a program does not stand still where our event loop does
 # Compiled once, and not by every run: for an interpreter of our own version, as all images have.
 _BOOT_FILE = Path(__file__).with_name("boot.py")
 _BOOT = marshal.dumps(compile(_BOOT_FILE.read_text(), "boot", "exec", dont_inherit=True, optimize=2))
@@ -47,11 +46,10 @@ class Descriptors:
 
 @dataclass(frozen=True, slots=True)
 class Walls:
-    """What is left to build for pid 1 of a pid namespace. filter: a descriptor of the program's seccomp filter. guard:
-    a filter that is put on too. uid: the program's user, where init keeps another."""
+    """What is left to build for pid 1 of a pid namespace. filter: a descriptor of the program's seccomp filter. uid:
+    the program's user, where init keeps another."""
 
     filter: int
-    guard: bytes
     uid: int | None
 
 
@@ -241,65 +239,3 @@ def children(pid: int) -> list[int]:
             with open(f"/proc/{pid}/task/{task}/children") as file:
                 found += (int(child) for child in file.read().split())
     return found
-
-
-class Output:
-    """A pipe that keeps the first `limit` bytes of what the program writes, and calls `full` when there is more."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, full: Callable[[], None]) -> None:
-        self._loop, self._limit, self._full = loop, limit, full
-        self._kept = bytearray()
-        self.truncated = False
-        self._ours, self.theirs = os.pipe()
-        os.set_blocking(self._ours, False)
-        os.fchmod(self.theirs, 0o666)  # /dev/stdout can be opened by the program's user too
-        with contextlib.suppress(PermissionError):  # more than this user may have in pipes: a shorter one does
-            fcntl.fcntl(self.theirs, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        loop.add_reader(self._ours, self._read)
-
-    def close_theirs(self) -> None:
-        os.close(self.theirs)
-        self.theirs = -1
-
-    def _read(self) -> bool:
-        """Takes what there is; False when nothing more can come."""
-        try:
-            chunk = os.read(self._ours, 1 << 18)
-        except BlockingIOError:
-            return False
-        if not chunk:
-            self._loop.remove_reader(self._ours)
-            return False
-        if len(self._kept) + len(chunk) > self._limit and not self.truncated:
-            self.truncated = True
-            self._full()
-        self._kept += chunk[: self._limit - len(self._kept)]
-        return True
-
-    def rest(self) -> bytes:
-        """All of it, once the program has ended."""
-        while self._read():
-            pass
-        return bytes(self._kept)
-
-    def close(self) -> None:
-        self._loop.remove_reader(self._ours)
-        os.close(self._ours)
-        if self.theirs >= 0:
-            self.close_theirs()
-
-
-@contextlib.contextmanager
-def sealed(data: bytes) -> Iterator[int]:
-    """A file in memory that nobody can change, as a descriptor at its start."""
-    fd = os.memfd_create("rlvlm-sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.lseek(fd, 0, os.SEEK_SET)
-        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        yield fd
-    finally:
-        os.close(fd)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlvlm_sandbox.descriptors import Output, sealed
 from rlvlm_sandbox.images import Image
 from rlvlm_sandbox.outcomes import run_of
 from rlvlm_sandbox.records import Program, Run, SandboxUnavailable
 
 _START_S = 60.0  # an image's packages are imported from a cold disk in this time
 _GRACE_S = 10.0  # beyond a run's own limit, for the server to kill and report
-_PIPE_BYTES = 1 << 20  # so that a program does not stand still where our event loop does
 # Runs a module of ours in a fresh interpreter, without what the package imports: a stand-in knows only where it is.
 _BOOT = (
     "import sys, types; package = types.ModuleType('rlvlm_sandbox'); package.__path__ = [sys.argv[2]]; "
@@ -109,7 +107,7 @@ class ForkServer:
         answer: asyncio.Future[dict[str, Any]] = loop.create_future()
         with contextlib.ExitStack() as stack:
             code, stdin = stack.enter_context(sealed(program.code)), stack.enter_context(sealed(program.stdin))
-            outputs = [_Output(loop, limits.output_bytes or 0, lambda: self._stop(run_id)) for _ in range(2)]
+            outputs = [Output(loop, limits.output_bytes or 0, lambda: self._stop(run_id)) for _ in range(2)]
             for output in outputs:
                 stack.callback(output.close)
             order = {"id": run_id, "profile": program.profile, "limits": asdict(limits)}
@@ -218,68 +216,6 @@ class ForkServerBackend:
     async def stop(self) -> None:
         for server in self._servers:
             await server.close()
-
-
-class _Output:
-    """A pipe that keeps the first `limit` bytes of what the program writes, and calls `full` when there is more."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, full: Any) -> None:
-        self._loop, self._limit, self._full = loop, limit, full
-        self._kept = bytearray()
-        self.truncated = False
-        self._ours, self.theirs = os.pipe()
-        os.set_blocking(self._ours, False)
-        os.fchmod(self.theirs, 0o666)  # /dev/stdout can be opened by the program's user too
-        with contextlib.suppress(PermissionError):  # more than this user may have in pipes: a shorter one does
-            fcntl.fcntl(self.theirs, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        loop.add_reader(self._ours, self._read)
-
-    def close_theirs(self) -> None:
-        os.close(self.theirs)
-        self.theirs = -1
-
-    def _read(self) -> bool:
-        """Takes what there is; False when nothing more can come."""
-        try:
-            chunk = os.read(self._ours, 1 << 18)
-        except BlockingIOError:
-            return False
-        if not chunk:
-            self._loop.remove_reader(self._ours)
-            return False
-        if len(self._kept) + len(chunk) > self._limit and not self.truncated:
-            self.truncated = True
-            self._full()
-        self._kept += chunk[: self._limit - len(self._kept)]
-        return True
-
-    def rest(self) -> bytes:
-        """All of it, once the program has ended."""
-        while self._read():
-            pass
-        return bytes(self._kept)
-
-    def close(self) -> None:
-        self._loop.remove_reader(self._ours)
-        os.close(self._ours)
-        if self.theirs >= 0:
-            self.close_theirs()
-
-
-@contextlib.contextmanager
-def sealed(data: bytes) -> Iterator[int]:
-    """A file in memory that nobody can change, as a descriptor at its start."""
-    fd = os.memfd_create("rlvlm-sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.lseek(fd, 0, os.SEEK_SET)
-        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _readable(image: Image) -> list[str]:

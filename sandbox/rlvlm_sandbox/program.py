@@ -62,7 +62,8 @@ def become(walls: Walls, order: Order, report: int) -> NoReturn:
     """order: gives the order and its descriptors (the code, stdin, stdout, stderr and perhaps the channel), and may
     wait for them. report: a pipe to the server."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         if walls.namespaces:
             _enter()
@@ -211,7 +212,7 @@ def prepare_interpreter() -> None:
         ("stdout", 1, "w", "surrogateescape"),
         ("stderr", 2, "w", "backslashreplace"),
     ):
-        stream = open(fd, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115 (lives as long as we)
+        stream = open(fd, mode, encoding="utf-8", errors=errors, newline="\n", closefd=False)  # noqa: SIM115 (it stays)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     for name in ("exit", "quit"):  # all of `site`, which is not loaded, that programs use
@@ -266,8 +267,9 @@ def _finish(status: int) -> int:
     except BaseException as error:  # noqa: BLE001 (the program's own threads and functions)
         _show(error)
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if not stream.closed:
+                stream.flush()
     except BaseException:  # noqa: BLE001 (a full pipe, a closed file, what the program put there)
         return status or 120
     return status

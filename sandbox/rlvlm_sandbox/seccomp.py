@@ -86,6 +86,8 @@ _X32_BIT = 0x40000000
 _CLONE_THREAD = 0x10000
 _CLONE_NEW_ANY = 0x7E020080  # every namespace flag: time, mount, cgroup, uts, ipc, user, pid, net
 _AF_UNIX = 1
+# SOCK_STREAM and SOCK_SEQPACKET, each plain and with SOCK_NONBLOCK, SOCK_CLOEXEC or both
+_CONNECTED = tuple(kind | flags for kind in (1, 5) for flags in (0, 0x800, 0x80000, 0x80800))
 # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: nothing that reaches a device or another process.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 # GET_PDEATHSIG, GET_DUMPABLE, SET_NAME, GET_NAME, GET_SECCOMP, CAPBSET_READ, GET_TIMERSLACK,
@@ -101,23 +103,22 @@ Segment = tuple[int, list[Instruction]]  # the first number, and what to do from
 
 
 def filter_program(
-    profile: str, *, execs: bool = False, own_pid: int | None = None, machine: str = platform.machine()
+    profile: str, *, execs: bool = False, shared: bool = False, own_pid: int = 0, machine: str = platform.machine()
 ) -> bytes:
     """The program for a profile (`judge` or `tool`), as an array of `struct sock_filter`.
 
     execs: lets a `judge` execute files, for a sandbox that has to start its interpreter after the filter is on.
-    own_pid: where the program shares pid space and file system with the host: the only process that it may signal or
-    tune; and it may change no file.
-    Raises KeyError for an architecture that has no table.
+    shared: the program shares pid space and file system with the host: it may signal nobody and change no file.
+    own_pid: by which the program may mean itself, beside 0. Raises KeyError for an architecture that has no table.
     """
     m = MACHINES[machine]
     tool = profile == "tool"
-    names = _names(_ALWAYS) + (_names(_FILES) if own_pid is None else [])
+    names = _names(_ALWAYS) + ([] if shared else _names(_FILES))
     names += _names(_PROCESSES) + _names(_NAMED_SOCKETS) if tool else []
     if execs and not tool:
         names += ["execve", "execveat"]
     answers: dict[int, list[Instruction]] = {m.numbers[name]: [_allow()] for name in names if name in m.numbers}
-    answers |= {m.numbers[name]: body for name, body in _by_argument(tool, own_pid).items()}
+    answers |= {m.numbers[name]: body for name, body in _by_argument(tool, shared, own_pid).items()}
     program: list[Instruction] = [
         (_LOAD, 0, 0, _ARCH),
         (_EQUAL, 1, 0, m.audit_arch),
@@ -158,28 +159,32 @@ def for_process(program: bytes, own_pid: int) -> bytes:
     return program.replace(struct.pack("=I", OWN_PID), struct.pack("=I", own_pid))
 
 
-def _by_argument(tool: bool, own_pid: int | None) -> dict[str, list[Instruction]]:
+def _by_argument(tool: bool, shared: bool, own_pid: int) -> dict[str, list[Instruction]]:
     """What decides on a call of which only some uses are allowed. clone3 keeps its flags in memory, out of the
     filter's sight: it "does not exist", and libc falls back to clone."""
     new_process = [] if tool else [(_ANY_BIT, 1, 0, _CLONE_THREAD), _refuse(errno.EPERM)]
     clone = [_argument(0), (_ANY_BIT, 0, 1, _CLONE_NEW_ANY), _refuse(errno.EPERM), *new_process, _allow()]
     unix = _one_of(0, [_AF_UNIX], errno.EACCES)
+    # Of a datagram pair, either end could still send to any socket that has a name.
+    connected = [_argument(0), (_EQUAL, 1, 0, _AF_UNIX), _refuse(errno.EACCES), *_one_of(1, _CONNECTED, errno.EACCES)]
+    itself = _one_of(0, [0, own_pid], errno.EPERM)
     rules = {
         "clone": clone,
         "clone3": [_refuse(errno.ENOSYS)],
         "socket": unix if tool else [_refuse(errno.EACCES)],
-        "socketpair": unix,
+        "socketpair": unix if tool else connected,
         "ioctl": _one_of(1, _IOCTLS, errno.ENOTTY),
         "prctl": _one_of(0, _PRCTLS, errno.EINVAL),
+        # The limits of its init are not its to set.
+        "prlimit64": itself,
+        "sched_setaffinity": itself,
     }
-    alone = own_pid is None  # in a pid namespace there is nobody else to be reached
-    itself = [_allow()] if own_pid is None else _one_of(0, [0, own_pid], errno.EPERM)
-    for name in ("prlimit64", "sched_getaffinity", "sched_setaffinity", "getpgid", "setpgid"):
-        rules[name] = itself
-    rules["fcntl"] = [_allow()] if alone else _none_of(1, _FCNTLS_OF_OTHERS, errno.EPERM)
+    for name in ("sched_getaffinity", "getpgid", "setpgid"):
+        rules[name] = itself if shared else [_allow()]
+    rules["fcntl"] = _none_of(1, _FCNTLS_OF_OTHERS, errno.EPERM) if shared else [_allow()]
     # kill(0) and kill(-1) reach whole groups; tkill names a thread that may be anybody's.
-    rules["kill"] = rules["tgkill"] = [_allow()] if own_pid is None else _one_of(0, [own_pid], errno.EPERM)
-    rules["tkill"] = rules["getpriority"] = [_allow()] if alone else [_refuse(errno.EPERM)]
+    rules["kill"] = rules["tgkill"] = _one_of(0, [own_pid], errno.EPERM) if shared else [_allow()]
+    rules["tkill"] = rules["getpriority"] = [_refuse(errno.EPERM)] if shared else [_allow()]
     return rules
 
 

@@ -61,13 +61,14 @@ def _walls(config: dict[str, Any]) -> program.Walls:
         pages = int(statm.read().split()[0])
     if not namespaces:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # runs may be of our own user, and share the pid space with us
-    own_pid = None if namespaces else OWN_PID
     return program.Walls(
         namespaces=namespaces,
         leave_root=config["leave_root"] and os.geteuid() == 0 and kernel.is_mapped(program.NOBODY),
         landlock=kernel.landlock_version() >= 1 or not namespaces,
         ruleset=None if namespaces else _out_of_the_way(kernel.landlock_ruleset(config["readable"], _DEVICES)),
-        filters={profile: filter_program(profile, own_pid=own_pid) for profile in ("judge", "tool")},
+        filters={
+            profile: filter_program(profile, shared=not namespaces, own_pid=OWN_PID) for profile in ("judge", "tool")
+        },
         mapped_bytes=pages * resource.getpagesize(),
     )
 

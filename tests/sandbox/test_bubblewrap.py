@@ -55,7 +55,7 @@ def run(
         ("import os; os.kill(os.getpid(), 11)", Outcome.SIGNAL, -11),
         ("import os; os.kill(os.getpid(), 9)", Outcome.SIGNAL, -9),
         ("import os; os.abort()", Outcome.SIGNAL, -6),
-        ("import os, resource\nfor s in (2, 9, 15):\n  try: os.kill(1, s)\n  except OSError: pass", Outcome.OK, 0),
+        ("import os\nfor s in (2, 9, 15):\n  try: os.kill(1, s)\n  except OSError: pass", Outcome.OK, 0),
         ("import resource; resource.prlimit(1, resource.RLIMIT_CPU, (0, 0))", Outcome.RUNTIME_ERROR, 1),  # of init
         ("x = 'a' * (2 << 30)", Outcome.MEMORY, 1),
         (b"x = '\xff'", Outcome.RUNTIME_ERROR, 1),
@@ -151,7 +151,7 @@ def test_the_tool_profile_may_start_processes_and_none_is_left() -> None:
     assert run(program).outcome is Outcome.RUNTIME_ERROR
     ended = run(program, profile="tool")
     assert (ended.outcome, ended.stdout) == (Outcome.OK, b"0\n")
-    assert name not in {path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm") if path.exists()}
+    assert name not in {comm(path).strip() for path in Path("/proc").glob("[0-9]*/comm")}
 
 
 def test_a_fork_bomb_is_over_at_once() -> None:
@@ -227,6 +227,40 @@ def test_many_runs_leave_no_descriptor_and_no_process() -> None:
 
     before, after = asyncio.run(many())
     assert before == after
+
+
+def test_a_supervisor_that_is_killed_leaves_nothing() -> None:
+    name = f"d{os.getpid()}"
+    program = (
+        f"import ctypes, os, sys, time\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\nif os.fork(): os.setsid()\n"
+        "time.sleep(60)"
+    )
+    supervisor = (
+        "import asyncio, rlvlm_sandbox\nasync def main():\n"
+        "    async with rlvlm_sandbox.Sandbox('bubblewrap') as sandbox:\n"
+        f"        await sandbox.run({program!r}, profile='tool')\nasyncio.run(main())"
+    )
+
+    def living() -> int:
+        return sum(name in text for text in map(comm, Path("/proc").glob("[0-9]*/comm")))
+
+    process = subprocess.Popen([sys.executable, "-c", supervisor])
+    deadline = time.monotonic() + 20
+    while living() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    while living():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def comm(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has ended
+        return ""
 
 
 # ---- other languages
