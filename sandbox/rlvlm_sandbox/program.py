@@ -227,17 +227,26 @@ def _fresh_main(code: bytes, own_root: bool) -> ModuleType:
     main = ModuleType("__main__")
     main.__dict__.update(__builtins__=builtins, __file__=_FILE)
     sys.modules["__main__"] = main
-    if own_root and len(code) <= _LONGEST_FILE:
+    if own_root:
         sys.path.insert(0, "/tmp")
-        fd = os.open(_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
-        os.write(fd, code)
-        os.close(fd)
-    else:  # for tracebacks and inspect
+    if not (own_root and len(code) <= _LONGEST_FILE and _write(code)):  # then for tracebacks and inspect
         source = code.decode(errors="replace")
         linecache.cache[_FILE] = (len(source), None, source.splitlines(keepends=True), _FILE)
     if "numpy.random" in sys.modules:  # Python's own generator is seeded anew by the fork, numpy's is not
         sys.modules["numpy.random"].seed(int(time.time_ns() ^ os.getpid() << 20) % 2**32)
     return main
+
+
+def _write(code: bytes) -> bool:
+    """Makes the file that the program believes to be. False where it has no room."""
+    try:
+        with open(_FILE, "wb", buffering=0) as file:
+            if file.write(code) == len(code):
+                return True
+        os.unlink(_FILE)
+    except OSError:
+        pass
+    return False
 
 
 def _exit_status(error: SystemExit) -> int:

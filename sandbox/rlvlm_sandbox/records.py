@@ -27,9 +27,13 @@ class Outcome(StrEnum):
     SANDBOX_ERROR = "sandbox_error"  # the sandbox itself failed
 
 
+_LONGEST_S = 10**7
+_MOST = 1 << 50
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one run may use; None takes the profile's (`PROFILES`). Raises ValueError for what is not positive.
+    """What one run may use; None takes the profile's (`PROFILES`). Raises ValueError for what no run can have.
 
     wall_s, cpu_s: seconds; CPU time counts per process and is rounded up to a whole second.
     memory_bytes: what each process may map beyond the interpreter; where processes may be started also the resident
@@ -50,8 +54,14 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and not value > 0:
+            if value is None:
+                continue
+            if not value > 0:
                 raise ValueError(f"Limits.{name} is {value}; a run needs some: give more than 0")
+            most = _LONGEST_S if name.endswith("_s") else _MOST
+            if value > most or not (name.endswith("_s") or isinstance(value, int)):
+                kind = "seconds" if name.endswith("_s") else "a whole number"
+                raise ValueError(f"Limits.{name} is {value}; no system can keep that: give {kind}, at most {most}")
 
     def over(self, defaults: Limits) -> Limits:
         """These limits, and `defaults` where these say None."""
