@@ -90,14 +90,11 @@ async def four_at_a_time(sandboxes: Sequence[Sandbox], runs: int, rounds: int = 
 
         await asyncio.gather(*(work() for _ in range(AT_A_TIME)))
 
-    def of(sandbox: Sandbox) -> Callable[[], Awaitable[None]]:
-        return lambda: ours(sandbox)
-
     async def theirs() -> None:
         with ThreadPoolExecutor(AT_A_TIME) as pool:
             await asyncio.to_thread(lambda: list(pool.map(bare, [PLAIN] * runs)))
 
-    ways = [theirs, *(of(sandbox) for sandbox in sandboxes)]
+    ways: list[Callable[[], Awaitable[None]]] = [theirs, *(functools.partial(ours, sandbox) for sandbox in sandboxes)]
     rates: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
         for way, sample in zip(ways, rates, strict=True):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlvlm_sandbox.collect import Boot, Command, Descriptors, Walls, children, kill_generation, run_process
+from rlvlm_sandbox.collect import Boot, Command, Descriptors, Processes, Walls, children, kill_generation
 from rlvlm_sandbox.images import Image
 from rlvlm_sandbox.kernel import NEW_USER
 from rlvlm_sandbox.outcomes import run_of
@@ -63,6 +63,7 @@ class Bubblewrap:
 
     def __init__(self, image: Image, workers: int = 1) -> None:
         self._image = image
+        self._processes = Processes(self.name)
         self._walls: list[str] = []
         self._filters: dict[tuple[str, bool], int] = {}
         is_root = os.geteuid() == 0
@@ -100,6 +101,7 @@ class Bubblewrap:
         return await self._run(program, boot)
 
     async def stop(self) -> None:
+        await self._processes.stop()
         for fd in (*self._filters.values(), *self._free):
             os.close(fd)
         self._filters, self._free = {}, []
@@ -116,13 +118,13 @@ class Bubblewrap:
 
     async def _run(self, program: Program, boot: Boot, binds: Sequence[str] = ()) -> Run:
         if not self._both:
-            return await run_process(self._command(program, boot, binds, None), program, self.name)
+            return await self._processes.run(self._command(program, boot, binds, None), program)
         try:
             users = self._free.pop() if self._free else _root_and_nobody(self._image.python)
         except OSError as error:
             return self._failure(program, f"there is no user namespace: {error}")
         try:
-            return await run_process(self._command(program, boot, binds, users), program, self.name)
+            return await self._processes.run(self._command(program, boot, binds, users), program)
         finally:
             self._free.append(users)
 

@@ -109,17 +109,38 @@ class Command:
     fds: tuple[int, ...] = ()
 
 
-async def run_process(command: Command, program: Program, backend: str) -> Run:
-    """Runs it to its end; nothing of it is left then. Cancelling ends it too."""
-    try:
-        return await _run(command, program, backend)
-    except OSError as error:  # no interpreter, or no memory, process or descriptor left
-        return run_of({"error": f"it does not start: {error}"}, b"", b"", False, program.limits, backend)
+class Processes:
+    """Those of a backend's runs."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._live: set[_Live] = set()
+        self._stopped = False
+
+    async def run(self, command: Command, program: Program) -> Run:
+        """Runs it to its end; nothing of it is left then. Cancelling ends it too."""
+        if self._stopped:
+            return run_of({"error": "the sandbox is closed"}, b"", b"", False, program.limits, self._backend)
+        live = _Live(command)
+        self._live.add(live)
+        try:
+            return await _run(live, command, program, self._backend)
+        except OSError as error:  # no interpreter, or no memory, process or descriptor left
+            return run_of({"error": f"it does not start: {error}"}, b"", b"", False, program.limits, self._backend)
+        finally:
+            self._live.discard(live)
+
+    async def stop(self) -> None:
+        """Ends all that is running; nothing starts any more."""
+        self._stopped = True
+        for live in self._live:
+            live.end("stop")
+        while self._live:
+            await asyncio.sleep(_TICK_S)
 
 
-async def _run(command: Command, program: Program, backend: str) -> Run:
+async def _run(live: _Live, command: Command, program: Program, backend: str) -> Run:
     loop, limits = asyncio.get_running_loop(), program.limits
-    live = _Live(command)
     with contextlib.ExitStack() as stack:
         stdin, code, boot = (stack.enter_context(sealed(data)) for data in (program.stdin, program.code, _BOOT))
         outputs = []

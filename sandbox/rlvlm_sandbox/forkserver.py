@@ -194,6 +194,7 @@ class ForkServerBackend:
         self.name = name
         self._servers = [ForkServer(image, namespaces=name == "namespaces") for _ in range(workers)]
         self._starting = asyncio.Lock()
+        self._stopped = False
 
     async def start(self) -> None:
         try:
@@ -207,6 +208,8 @@ class ForkServerBackend:
         server = min(self._servers, key=lambda server: server.busy)
         try:
             async with self._starting:
+                if self._stopped:
+                    raise ServerGone("the sandbox is closed")
                 if not server.alive:
                     await server.start()
             return await server.run(program, self.name)
@@ -214,8 +217,10 @@ class ForkServerBackend:
             return run_of({"error": f"{error}"}, b"", b"", False, program.limits, self.name)
 
     async def stop(self) -> None:
-        for server in self._servers:
-            await server.close()
+        async with self._starting:
+            self._stopped = True
+            for server in self._servers:
+                await server.close()
 
 
 def _readable(image: Image) -> list[str]:

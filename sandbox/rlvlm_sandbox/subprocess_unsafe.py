@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 
-from rlvlm_sandbox.collect import Boot, Command, run_process
+from rlvlm_sandbox.collect import Boot, Command, Processes
 from rlvlm_sandbox.images import Image
 from rlvlm_sandbox.outcomes import run_of
 from rlvlm_sandbox.records import Program, Run
@@ -22,6 +22,7 @@ class UnsafeSubprocess:
     name = "unsafe-subprocess"
 
     def __init__(self, image: Image | None = None, workers: int = 1) -> None:
+        self._processes = Processes(self.name)
         self._python = image.python if image else os.path.realpath(sys.executable)
         self._packages = image.packages if image else ()
         self._env = image.environment(inside=False) if image else {"PATH": os.defpath, "LANG": "C.UTF-8"}
@@ -38,12 +39,12 @@ class UnsafeSubprocess:
         except OSError as error:  # a full disk
             return run_of({"error": f"no directory for the run: {error}"}, b"", b"", False, program.limits, self.name)
         try:
-            return await run_process(self._command(program, directory), program, self.name)
+            return await self._processes.run(self._command(program, directory), program)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
     async def stop(self) -> None:
-        """Every run has ended its own process."""
+        await self._processes.stop()
 
     def _command(self, program: Program, directory: str) -> Command:
         boot = Boot(file=f"{directory}/main.py", packages=self._packages)
