@@ -8,14 +8,14 @@ import json
 import os
 import socket
 import subprocess
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rlvlm_sandbox.descriptors import Output, sealed
 from rlvlm_sandbox.images import Image
 from rlvlm_sandbox.outcomes import run_of
-from rlvlm_sandbox.records import Program, Run, SandboxUnavailable
+from rlvlm_sandbox.records import Limits, Program, Run, SandboxUnavailable
 
 _START_S = 60.0  # an image's packages are imported from a cold disk in this time
 _GRACE_S = 10.0  # beyond a run's own limit, for the server to kill and report
@@ -26,6 +26,7 @@ _BOOT = (
     "module = __import__('rlvlm_sandbox.' + sys.argv[1], fromlist=['main']); text = sys.argv[3]; "
     "sys.argv = ['']; module.main(text)"
 )
+_LIMITS = tuple(field.name for field in fields(Limits))
 _PACKAGE, _PACKAGE_INSIDE = str(Path(__file__).parent), "/python/rlvlm_sandbox"
 
 
@@ -91,11 +92,17 @@ class ForkServer:
         boot = ["-I", "-S", "-B", "-c", _BOOT]
         if not self._namespaces:
             config |= {"packages": image.packages, "readable": _readable(image), "leave_root": _nobody_reads(image)}
-            return [image.python, *boot, "server", _PACKAGE, json.dumps(config)]
+            return [image.python, *boot, "server", _PACKAGE, json.dumps(config | {"proc": "/proc"})]
         binds = image.binds()
         config |= {"packages": image.packages_inside, "leave_root": False}
-        server = [image.python_inside, *boot, "server", _PACKAGE_INSIDE, json.dumps(config)]
-        root = {"control": control, "argv": server, "env": image.environment(), "links": image.links()}
+        server = [image.python_inside, *boot, "server", _PACKAGE_INSIDE]
+        root = {
+            "control": control,
+            "argv": server,
+            "server": config,
+            "env": image.environment(),
+            "links": image.links(),
+        }
         root["binds"] = [*binds, (_PACKAGE, _PACKAGE_INSIDE)]
         return [image.python, *boot, "root", _PACKAGE, json.dumps(root)]
 
@@ -110,7 +117,11 @@ class ForkServer:
             outputs = [Output(loop, limits.output_bytes or 0, lambda: self._stop(run_id)) for _ in range(2)]
             for output in outputs:
                 stack.callback(output.close)
-            order = {"id": run_id, "profile": program.profile, "limits": asdict(limits)}
+            order = {
+                "id": run_id,
+                "profile": program.profile,
+                "limits": {name: getattr(limits, name) for name in _LIMITS},
+            }
             fds = [code, stdin, *(output.theirs for output in outputs)]
             fds += [] if program.channel is None else [program.channel]
             self._answers[run_id] = answer

@@ -1,7 +1,7 @@
 """What the fork server's child does: goes behind its walls, then runs the code as `python main.py` would.
 
-With namespaces there are two processes: init, pid 1 of the run, which reaps and whose death kills everything inside;
-and the program, which builds its own walls before any other code runs in it. Without them there is the program alone.
+The program builds its own walls before any other code runs in it. A tool is two processes: init, pid 1 of the run,
+which reaps and whose death kills everything inside; and the program. A judged one cannot start a process, and is alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Walls:
     mapped_bytes: int
 
 
-def become(walls: Walls, order: Order, report: int) -> NoReturn:
+def become(walls: Walls, profile: str, order: Order, report: int) -> NoReturn:
     """order: gives the order and its descriptors (the code, stdin, stdout, stderr and perhaps the channel), and may
     wait for them. report: a pipe to the server."""
     try:
@@ -66,7 +66,7 @@ def become(walls: Walls, order: Order, report: int) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         if walls.namespaces:
-            _enter()
+            _enter(own_pids=profile == "tool")
         what, fds = order()
         if walls.namespaces:
             _mount_tmp(what["limits"])
@@ -119,12 +119,13 @@ def be_init(report: int) -> None:
             os._exit(0)
 
 
-def _enter() -> None:
+def _enter(own_pids: bool) -> None:
     """Finishes the namespaces that this process was born into, with all capabilities in them."""
     for name, line in {"setgroups": "deny", "uid_map": f"{_UID} {_UID} 1", "gid_map": f"{_UID} {_UID} 1"}.items():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(line)
-    kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    if own_pids:
+        kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
 def _mount_tmp(limits: dict[str, Any]) -> None:
@@ -158,9 +159,8 @@ def _lock_up(walls: Walls, order: dict[str, Any]) -> None:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-    _set_limits(order["limits"], walls)
+    _set_limits(order["limits"], walls, has_init=walls.namespaces and order["profile"] == "tool")
     kernel.drop_capabilities()
     kernel.forbid_new_privileges()
     if walls.landlock:
@@ -171,9 +171,9 @@ def _lock_up(walls: Walls, order: dict[str, Any]) -> None:
     kernel.install_filter(for_process(walls.filters[order["profile"]], os.getpid()))
 
 
-def _set_limits(limits: dict[str, Any], walls: Walls) -> None:
+def _set_limits(limits: dict[str, Any], walls: Walls, has_init: bool) -> None:
     cpu_s = math.ceil(limits["cpu_s"])
-    tasks = limits["processes"] + 1 if walls.namespaces else _TASKS_OF_A_USER  # init is a task too
+    tasks = limits["processes"] + has_init if walls.namespaces else _TASKS_OF_A_USER
     wanted = {
         resource.RLIMIT_CPU: (cpu_s, cpu_s + 1),  # SIGXCPU, and a second later SIGKILL
         resource.RLIMIT_AS: (walls.mapped_bytes + limits["memory_bytes"],) * 2,

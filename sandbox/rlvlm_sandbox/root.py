@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from typing import Any, NoReturn
 
 from rlvlm_sandbox import kernel
@@ -25,7 +24,8 @@ _CAP_SYS_ADMIN = 21
 
 
 def main(text: str) -> NoReturn:
-    """text: JSON with `argv`, `env`, `binds`, `links`, and `control`, the descriptor that the fork server inherits."""
+    """text: JSON with `argv` and `env` of the fork server, `server` (what it is told), `binds`, `links`, and `control`,
+    a descriptor that it inherits."""
     config = json.loads(text)
     if _may_mount():
         # Paths that only root can reach are bound while we still are root.
@@ -119,7 +119,11 @@ def _wait_for(server: int, control: int) -> NoReturn:
 def _become_server(config: dict[str, Any]) -> NoReturn:
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    proc = os.open("/proc", os.O_PATH)
+    # What is mounted over it is for judged programs, and shows them no process but their own.
+    kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible")
     kernel.drop_capabilities()
-    os.set_inheritable(config["control"], True)
-    sys.stdout.flush()
-    os.execve(config["argv"][0], config["argv"], config["env"])
+    for fd in (config["control"], proc):
+        os.set_inheritable(fd, True)
+    order = json.dumps(config["server"] | {"proc": f"/proc/self/fd/{proc}"})
+    os.execve(config["argv"][0], [*config["argv"], order], config["env"])

@@ -103,22 +103,29 @@ Segment = tuple[int, list[Instruction]]  # the first number, and what to do from
 
 
 def filter_program(
-    profile: str, *, execs: bool = False, shared: bool = False, own_pid: int = 0, machine: str = platform.machine()
+    profile: str,
+    *,
+    execs: bool = False,
+    alone: bool = True,
+    own_files: bool = True,
+    own_pid: int = 0,
+    machine: str = platform.machine(),
 ) -> bytes:
     """The program for a profile (`judge` or `tool`), as an array of `struct sock_filter`.
 
     execs: lets a `judge` execute files, for a sandbox that has to start its interpreter after the filter is on.
-    shared: the program shares pid space and file system with the host: it may signal nobody and change no file.
-    own_pid: by which the program may mean itself, beside 0. Raises KeyError for an architecture that has no table.
+    alone: the program has a pid namespace of its own; else it may signal and tune nobody but itself.
+    own_files: it has a file system of its own; else it may change no file.
+    own_pid: by which it may mean itself, beside 0. Raises KeyError for an architecture that has no table.
     """
     m = MACHINES[machine]
     tool = profile == "tool"
-    names = _names(_ALWAYS) + ([] if shared else _names(_FILES))
+    names = _names(_ALWAYS) + (_names(_FILES) if own_files else [])
     names += _names(_PROCESSES) + _names(_NAMED_SOCKETS) if tool else []
     if execs and not tool:
         names += ["execve", "execveat"]
     answers: dict[int, list[Instruction]] = {m.numbers[name]: [_allow()] for name in names if name in m.numbers}
-    answers |= {m.numbers[name]: body for name, body in _by_argument(tool, shared, own_pid).items()}
+    answers |= {m.numbers[name]: body for name, body in _by_argument(tool, alone, own_pid).items()}
     program: list[Instruction] = [
         (_LOAD, 0, 0, _ARCH),
         (_EQUAL, 1, 0, m.audit_arch),
@@ -159,7 +166,7 @@ def for_process(program: bytes, own_pid: int) -> bytes:
     return program.replace(struct.pack("=I", OWN_PID), struct.pack("=I", own_pid))
 
 
-def _by_argument(tool: bool, shared: bool, own_pid: int) -> dict[str, list[Instruction]]:
+def _by_argument(tool: bool, alone: bool, own_pid: int) -> dict[str, list[Instruction]]:
     """What decides on a call of which only some uses are allowed. clone3 keeps its flags in memory, out of the
     filter's sight: it "does not exist", and libc falls back to clone."""
     new_process = [] if tool else [(_ANY_BIT, 1, 0, _CLONE_THREAD), _refuse(errno.EPERM)]
@@ -180,11 +187,11 @@ def _by_argument(tool: bool, shared: bool, own_pid: int) -> dict[str, list[Instr
         "sched_setaffinity": itself,
     }
     for name in ("sched_getaffinity", "getpgid", "setpgid"):
-        rules[name] = itself if shared else [_allow()]
-    rules["fcntl"] = _none_of(1, _FCNTLS_OF_OTHERS, errno.EPERM) if shared else [_allow()]
+        rules[name] = [_allow()] if alone else itself
+    rules["fcntl"] = [_allow()] if alone else _none_of(1, _FCNTLS_OF_OTHERS, errno.EPERM)
     # kill(0) and kill(-1) reach whole groups; tkill names a thread that may be anybody's.
-    rules["kill"] = rules["tgkill"] = _one_of(0, [own_pid], errno.EPERM) if shared else [_allow()]
-    rules["tkill"] = rules["getpriority"] = [_refuse(errno.EPERM)] if shared else [_allow()]
+    rules["kill"] = rules["tgkill"] = [_allow()] if alone else _one_of(0, [own_pid], errno.EPERM)
+    rules["tkill"] = rules["getpriority"] = [_allow()] if alone else [_refuse(errno.EPERM)]
     return rules
 
 

@@ -32,13 +32,15 @@ from rlvlm_sandbox.seccomp import OWN_PID, filter_program
 
 _TICK_S = 0.02  # how often a run is looked at whose memory or threads no limit of the kernel's bounds
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-# cgroup aside: that one is the server's own, and nobody inside can make groups
-_NAMESPACES = kernel.NEW_USER | kernel.NEW_MOUNTS | kernel.NEW_PIDS | kernel.NEW_IPC | kernel.NEW_UTS
+# Of every run. A tool has pids and a network of its own too. A judged program starts no process, reaches none
+# (seccomp), sees none (hidepid) and has no sockets: the server's, where nothing is, are as good, and cost nothing.
+_NAMESPACES = kernel.NEW_USER | kernel.NEW_MOUNTS | kernel.NEW_IPC | kernel.NEW_UTS
 
 
 def main(text: str) -> None:
-    """text: JSON with `control`, `packages`, `warm`, `namespaces` (whether a run gets its own), and
-    for runs without: `readable` (paths), `leave_root` (whether nobody can read what a program needs)."""
+    """text: JSON with `control`, `packages`, `warm`, `proc` (where the server sees its runs), `namespaces` (whether a
+    run has its own), and for runs without: `readable` (paths), `leave_root` (whether nobody can read what they need).
+    """
     config = json.loads(text)
     sys.path += config["packages"]
     for module in config["warm"]:
@@ -51,7 +53,7 @@ def main(text: str) -> None:
     gc.collect()
     gc.freeze()  # or the first collection in every child would copy all pages
     control.send(b"ready")
-    become_program = Server(control, walls).serve()
+    become_program = Server(control, walls, config["proc"]).serve()
     become_program()
 
 
@@ -60,14 +62,15 @@ def _walls(config: dict[str, Any]) -> program.Walls:
     with open("/proc/self/statm") as statm:
         pages = int(statm.read().split()[0])
     if not namespaces:
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # runs may be of our own user, and share the pid space with us
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # runs may be of our own user
     return program.Walls(
         namespaces=namespaces,
         leave_root=config["leave_root"] and os.geteuid() == 0 and kernel.is_mapped(program.NOBODY),
         landlock=kernel.landlock_version() >= 1 or not namespaces,
         ruleset=None if namespaces else _out_of_the_way(kernel.landlock_ruleset(config["readable"], _DEVICES)),
         filters={
-            profile: filter_program(profile, shared=not namespaces, own_pid=OWN_PID) for profile in ("judge", "tool")
+            "judge": filter_program("judge", alone=False, own_files=namespaces, own_pid=OWN_PID),
+            "tool": filter_program("tool", own_pid=OWN_PID),
         },
         mapped_bytes=pages * resource.getpagesize(),
     )
@@ -91,6 +94,7 @@ class _Live:
     deadline: float
     most_bytes: int | None
     most_threads: int | None
+    has_init: bool
     cause: str | None = None
 
 
@@ -105,8 +109,8 @@ class _Spare:
 
 
 class Server:
-    def __init__(self, control: socket.socket, walls: program.Walls) -> None:
-        self._control, self._walls = control, walls
+    def __init__(self, control: socket.socket, walls: program.Walls, proc: str) -> None:
+        self._control, self._walls, self._proc = control, walls, proc
         self._live: dict[int, _Live] = {}  # by pidfd
         self._spare: _Spare | None = None
         self._epoll = select.epoll()
@@ -178,7 +182,7 @@ class Server:
             self._answer({"id": order["id"], "error": str(error)})
             return None
         if pid == 0:
-            return functools.partial(program.become, self._walls, lambda: (order, fds), report_out)
+            return functools.partial(program.become, self._walls, order["profile"], lambda: (order, fds), report_out)
         os.close(report_out)
         self._epoll.register(pidfd, select.EPOLLIN)
         self._follow(order, started, pid, pidfd, report_in)
@@ -190,7 +194,9 @@ class Server:
         most_bytes = limits["memory_bytes"] if order["profile"] == "tool" else None
         most_threads = None if self._walls.namespaces else limits["processes"]
         deadline = started + limits["wall_s"]
-        self._live[pidfd] = _Live(order["id"], pid, pidfd, report, started, deadline, most_bytes, most_threads)
+        has_init = order["profile"] == "tool"
+        run = _Live(order["id"], pid, pidfd, report, started, deadline, most_bytes, most_threads, has_init)
+        self._live[pidfd] = run
 
     def _fork_spare(self) -> Callable[[], NoReturn] | None:
         """Half of a run's time goes into a child's walls; with this they stand when the order comes."""
@@ -207,7 +213,7 @@ class Server:
             if pid == 0:
                 ordering = theirs.dup()
                 order = functools.partial(program.order_from, ordering, report_out)
-                return functools.partial(program.become, self._walls, order, report_out)
+                return functools.partial(program.become, self._walls, "judge", order, report_out)
         os.close(report_out)
         self._epoll.register(pidfd, select.EPOLLIN)
         self._spare = _Spare(pid, pidfd, report_in, ours)
@@ -216,8 +222,9 @@ class Server:
     def _fork(self, profile: str, report: int) -> tuple[int, int]:
         if not self._walls.namespaces:
             return kernel.clone(0)
-        # Making and unmaking networks is what costs most; without sockets our own empty one is as good.
-        flags = _NAMESPACES | kernel.NEW_NETWORK if profile == "tool" else _NAMESPACES
+        if profile == "judge":
+            return kernel.clone(_NAMESPACES)
+        flags = _NAMESPACES | kernel.NEW_PIDS | kernel.NEW_NETWORK
         return kernel.clone(flags, functools.partial(program.be_init, report))
 
     def _watch(self) -> None:
@@ -227,13 +234,13 @@ class Server:
                 continue
             if now >= run.deadline:
                 self._kill(run, "wall")
-            elif run.most_bytes is not None and resident_bytes(run.pid) > run.most_bytes:
+            elif run.most_bytes is not None and resident_bytes(run.pid, self._proc) > run.most_bytes:
                 self._kill(run, "memory")
-            elif run.most_threads is not None and threads(run.pid) > run.most_threads:
+            elif run.most_threads is not None and threads(run.pid, self._proc) > run.most_threads:
                 self._kill(run, "threads")
 
     def _kill(self, run: _Live, cause: str) -> None:
-        """In namespaces this is pid 1 of the run, and all of the run dies with it."""
+        """This is pid 1 of the run, and all of it dies with it; or the only process that there is."""
         run.cause = run.cause or cause
         signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)
 
@@ -252,7 +259,8 @@ class Server:
         with open(run.report) as stream:
             lines = [json.loads(line) for line in stream]
         said = {key: value for line in lines for key, value in line.items()}
-        exit_code = None if self._walls.namespaces else os.waitstatus_to_exitcode(status)
+        ended_by_us = run.cause is not None and run.cause != "threads"
+        exit_code = None if run.has_init or ended_by_us else os.waitstatus_to_exitcode(status)
         self._answer(
             {
                 "id": run.id, "cause": run.cause, "exit_code": exit_code, "wall_s": time.monotonic() - run.started,
@@ -284,31 +292,31 @@ class Server:
         os._exit(0)
 
 
-def threads(pid: int) -> int:
+def threads(pid: int, proc: str) -> int:
     try:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"{proc}/{pid}/stat") as file:
             return int(file.read().rpartition(")")[2].split()[17])
     except ProcessLookupError:  # it ended just now
         return 0
 
 
-def resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int, proc: str = "/proc") -> int:
     """Proportional resident memory of a process and its descendants: pages shared after a fork count once."""
     try:
-        total = _proportional_bytes(pid)
+        total = _proportional_bytes(f"{proc}/{pid}")
         children = []
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as file:
+        for task in os.listdir(f"{proc}/{pid}/task"):
+            with open(f"{proc}/{pid}/task/{task}/children") as file:
                 children += file.read().split()
     except (FileNotFoundError, ProcessLookupError):
         return 0  # it ended just now; its children are init's by the next tick
-    return total + sum(resident_bytes(int(child)) for child in children)
+    return total + sum(resident_bytes(int(child), proc) for child in children)
 
 
-def _proportional_bytes(pid: int) -> int:
+def _proportional_bytes(process: str) -> int:
     try:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
+        with open(f"{process}/smaps_rollup") as file:
             return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
     except PermissionError:  # a process may make itself unreadable to its user, but never its plain resident size
-        with open(f"/proc/{pid}/statm") as file:
+        with open(f"{process}/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()

@@ -232,8 +232,8 @@ def test_many_runs_leave_no_descriptor_and_no_process() -> None:
 def test_a_supervisor_that_is_killed_leaves_nothing() -> None:
     name = f"d{os.getpid()}"
     program = (
-        f"import ctypes, os, sys, time\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\nif not os.fork(): os.setsid()\n"
-        "time.sleep(60)"
+        f"import ctypes, os, sys, time\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\n"
+        "if not os.fork(): os.setsid()\ntime.sleep(60)"
     )
     supervisor = (
         "import asyncio, rlvlm_sandbox\nasync def main():\n"

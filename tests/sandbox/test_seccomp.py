@@ -132,19 +132,19 @@ def test_terminals_and_processes_cannot_be_reached_through_ioctl_and_prctl():
 
 def test_a_program_that_shares_the_pid_space_reaches_itself_only():
     for name in ("kill", "tgkill"):
-        assert call(name, 77, shared=True, own_pid=77) == ALLOW
-        assert [call(name, pid, shared=True, own_pid=77) for pid in (78, 1, 0, 2**32 - 1)] == [errno.EPERM] * 4
+        assert call(name, 77, alone=False, own_pid=77) == ALLOW
+        assert [call(name, pid, alone=False, own_pid=77) for pid in (78, 1, 0, 2**32 - 1)] == [errno.EPERM] * 4
     for name in ("prlimit64", "sched_setaffinity", "setpgid"):
-        assert [call(name, pid, shared=True, own_pid=77) for pid in (0, 77, 78)] == [ALLOW, ALLOW, errno.EPERM]
+        assert [call(name, pid, alone=False, own_pid=77) for pid in (0, 77, 78)] == [ALLOW, ALLOW, errno.EPERM]
     f_getfl, f_setown, f_setlease = 3, 8, 1024
     commands = (f_getfl, f_setown, f_setlease)
-    assert [call("fcntl", 0, command, shared=True, own_pid=77) for command in commands] == [
+    assert [call("fcntl", 0, command, alone=False, own_pid=77) for command in commands] == [
         ALLOW,
         errno.EPERM,
         errno.EPERM,
     ]
-    assert call("tkill", 77, shared=True, own_pid=77) == errno.EPERM
-    assert call("chmod", shared=True, own_pid=77) == errno.EPERM
+    assert call("tkill", 77, alone=False, own_pid=77) == errno.EPERM
+    assert call("chmod", own_files=False) == errno.EPERM
     assert call("chmod") == ALLOW
 
 
@@ -155,8 +155,8 @@ def test_no_program_sets_the_limits_of_its_init():
 
 
 def test_a_program_made_before_the_pid_is_known_is_the_same_once_it_is():
-    made_before = filter_program("judge", shared=True, own_pid=OWN_PID, machine="x86_64")
-    assert for_process(made_before, 4242) == filter_program("judge", shared=True, own_pid=4242, machine="x86_64")
+    made_before = filter_program("judge", alone=False, own_pid=OWN_PID, machine="x86_64")
+    assert for_process(made_before, 4242) == filter_program("judge", alone=False, own_pid=4242, machine="x86_64")
 
 
 def test_a_judge_may_execute_only_where_the_sandbox_has_to():
