@@ -29,6 +29,15 @@ PROGRAMS = (
 )
 
 
+OTHERS: set[int] = set()  # what earlier tests of this process have left running, or unreaped
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    OTHERS.clear()
+    OTHERS.update(children(os.getpid()))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return holding(request.param)
@@ -58,7 +67,7 @@ def seen() -> dict[str, Any]:
     """What could be left behind, but for what other processes of this machine do. Sockets and pipes count as one."""
     mine = {place: [name for name in os.listdir(place) if "rlvlm" in name] for place in ("/tmp", "/dev/shm", "/run")}
     return mine | {
-        "processes": sorted(children(os.getpid())),
+        "processes": sorted(set(children(os.getpid())) - OTHERS),
         "descriptors": sorted(os.listdir("/proc/self/fd")),
         "mounts": Path("/proc/self/mountinfo").read_text(),
         "threads": len(os.listdir("/proc/self/task")),
@@ -154,20 +163,18 @@ def start_of(pid: int) -> str | None:
 
 
 def own_children() -> set[int]:
-    """Not all are the sandbox's: other tests of this process may have left helpers that stay."""
-    return {int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return {int(child) for child in text.split()} - OTHERS
 
 
 def test_a_killed_fork_server_takes_its_own_runs_only(fork_server: str) -> None:
-    others = own_children()
-
     async def main() -> None:
         async with Sandbox(fork_server, workers=2) as sandbox:
             mark = uuid.uuid4().hex
             slow = f"import time; time.sleep(1.5); print('{mark}')"
             first, second = (asyncio.create_task(sandbox.run(slow)) for _ in range(2))
             await asyncio.sleep(0.3)
-            os.kill(innermost_server(min(own_children() - others)), signal.SIGKILL)
+            os.kill(innermost_server(min(own_children())), signal.SIGKILL)
             ended, went_on = sorted(await asyncio.gather(first, second), key=lambda run: run.outcome is Outcome.OK)
             assert (ended.outcome, ended.exit_code, bool(ended.detail)) == (Outcome.SANDBOX_ERROR, None, True)
             assert (went_on.outcome, went_on.stdout) == (Outcome.OK, f"{mark}\n".encode())
@@ -185,13 +192,11 @@ def innermost_server(pid: int) -> int:
 
 
 def test_a_killed_outer_half_is_a_failure_of_the_sandbox(fork_server: str) -> None:
-    others = own_children()
-
     async def main() -> None:
         async with Sandbox(fork_server, workers=1) as sandbox:
             run = asyncio.create_task(sandbox.run("import time; time.sleep(9)"))
             await asyncio.sleep(0.3)
-            (child,) = own_children() - others
+            (child,) = own_children()
             below = {pid: start_of(pid) for pid in children(child)}
             os.kill(child, signal.SIGKILL)
             assert (await asyncio.wait_for(run, 3)).outcome is Outcome.SANDBOX_ERROR
