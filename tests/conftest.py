@@ -1,8 +1,12 @@
 """What several engine tests share: one real run of the demo recipe, with its fixed seed."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ def rlvlm(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedP
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--demo-run", type=Path, help="a finished run of the demo recipe to take instead of making one")
+    parser.addoption("--policies", default="qwen3_vl_moe", help="families for test_policies.py: NAME,NAME,... or all")
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +38,40 @@ def demo(tmp_path_factory, pytestconfig) -> Path:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (output / "tiny_demo" / "terminal.txt").write_text(done.stdout)
     return output / "tiny_demo"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a Ray cluster that others started. Tests join it: starting one takes longer, and changes the
+    process that does for good."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        options = f"--head --block --port={port} --num-cpus=8 --include-dashboard=false --object-store-memory=100000000"
+        command = [Path(sys.executable).with_name("ray"), "start", *options.split(), f"--temp-dir={folder}"]
+        head = subprocess.Popen(
+            command,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            _wait_for(port)
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
+            head.wait(60)
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"Ray does not listen on {port}")
 
 
 def pytest_collection_modifyitems(items) -> None:

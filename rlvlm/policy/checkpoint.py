@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 
-# transformers 5.19 maps kimi_k25's names back with patterns that are not anchored, so the language model's `layers`
-# come out as the vision tower's `blocks`. These restore the names of the published checkpoints, which vLLM knows.
-_RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
-    "kimi_k25": (
-        (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
-        (r"^model\.mm_projector", "mm_projector"),
-        (r"^vision_tower\.encoder\.patch_embed", "vision_tower.patch_embed"),
-    )
-}
-# What vLLM needs in config.json and transformers does not write.
-_CONFIG: dict[str, dict[str, object]] = {
-    "kimi_k25": {
-        "architectures": ["KimiK25ForConditionalGeneration"],
-        "text_config": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
-    }
-}
+from rlvlm.policy.family import family_of
 
 
 def checkpoint_names(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in a published checkpoint, tensor) for every tensor of `state`, named as in `model.state_dict()`."""
-    renames = _RENAMES.get(model.config.model_type, ())
-    for name, tensor in revert_weight_conversion(model, dict(state)).items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
+    family = family_of(model.config, model.config.name_or_path)
+    # A tied weight has two names for one tensor; a checkpoint has the first alone, and its readers tie again.
+    once = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+    for name, tensor in revert_weight_conversion(model, once).items():
+        name, tensor = family.exported(name, tensor)
         yield name, _own(tensor)
+
+
+def save_weights(model: PreTrainedModel, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """The weights alone as one safetensors file, under their names in a published checkpoint."""
+    save_file(dict(checkpoint_names(model, state)), path)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,18 +46,10 @@ def save_policy(
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    _complete_config(folder / "config.json", _CONFIG.get(model.config.model_type, {}))
+    family = family_of(model.config, model.config.name_or_path)
+    config = folder / "config.json"
+    config.write_text(json.dumps(family.config_json(json.loads(config.read_text())), indent=2) + "\n")
     _copy_image_settings(folder)
-
-
-def _complete_config(path: Path, additions: Mapping[str, object]) -> None:
-    config = json.loads(path.read_text())
-    for key, value in additions.items():
-        if isinstance(value, dict):
-            config[key].update(value)
-        else:
-            config[key] = value
-    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _copy_image_settings(folder: Path) -> None:
@@ -78,8 +61,18 @@ def _copy_image_settings(folder: Path) -> None:
 
 def load_policy(folder: str, dtype: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model (in `dtype`: "float32" or "bfloat16") and processor from a directory or a hub id."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return model, AutoProcessor.from_pretrained(folder)
+    family = family_of(AutoConfig.from_pretrained(folder), folder)
+    return family.load(folder, getattr(torch, dtype)), load_processor(folder)
+
+
+def load_processor(folder: str) -> ProcessorMixin:
+    """The processor of a directory or a hub id. It has a chat template: some classes of processors lose the one that
+    their checkpoint has, and some families' published checkpoints have none."""
+    processor = AutoProcessor.from_pretrained(folder)
+    if processor.chat_template is None:
+        family = family_of(AutoConfig.from_pretrained(folder), folder)
+        processor.chat_template = processor.tokenizer.chat_template or family.chat_template
+    return processor
 
 
 def parameter_count(parameters: Iterable[torch.nn.Parameter]) -> int:

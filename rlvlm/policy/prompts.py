@@ -8,26 +8,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from PIL import Image
+from torch.nn.functional import pad
+from transformers import PretrainedConfig, ProcessorMixin
 
+from rlvlm.policy.family import family_of
 from rlvlm.records import Chain, Task
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from rlvlm.tasks.images import ImageStore
 
+_BLANK_SIDE = 56  # pixels; a multiple of what two patches of any family take, or resized by its processor
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """text_ids: one placeholder a picture, what the engine takes. input_ids: placeholders expanded, what the models
-    see. images: the forward's keyword tensors for the pictures (for Kimi pixel_values [patches, 3, p, p],
-    image_grid_thw [n, 3])."""
+    see. position_ids: of input_ids, [P, T] as the family wants them. images: the forward's keyword tensors for the
+    pictures (for Kimi pixel_values [patches, 3, p, p], image_grid_thw [n, 3])."""
 
     text_ids: tuple[int, ...]
     input_ids: tuple[int, ...]
+    position_ids: torch.Tensor
     images: Mapping[str, torch.Tensor]
 
 
@@ -40,17 +43,26 @@ class Response:
 
 
 def stack_images(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The pictures of several prompts as one forward takes them: tensors concatenated along their first dimension."""
+    """The pictures of several prompts as one forward takes them: tensors concatenated along their first dimension. Text
+    that is read with a picture (InstructBLIP's), ids and their mask [1, length], is filled with zeros on the right."""
     keys = dict.fromkeys(key for one in images for key in one)
-    return {key: torch.cat([one[key] for one in images if key in one]) for key in keys}
+    found = {key: [one[key] for one in images if key in one] for key in keys}
+    return {key: torch.cat(_as_wide(parts) if parts[0].dim() == 2 else parts) for key, parts in found.items()}
+
+
+def _as_wide(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    width = max(matrix.shape[1] for matrix in matrices)
+    return [pad(matrix, (0, width - matrix.shape[1])) for matrix in matrices]
 
 
 class PromptEncoder:
-    """Encodes tasks with the policy's own processor and chat template."""
+    """Encodes tasks with the policy's own processor and chat template. config: the policy's."""
 
-    def __init__(self, processor: ProcessorMixin, store: ImageStore) -> None:
+    def __init__(self, processor: ProcessorMixin, store: ImageStore, config: PretrainedConfig) -> None:
         self._processor = processor
         self._store = store
+        self.config = config
+        self.family = family_of(config, config.name_or_path)
         self._prompts: dict[str, Prompt] = {}
 
     def prompt(self, task: Task) -> Prompt:
@@ -59,16 +71,30 @@ class PromptEncoder:
             self._prompts[task.id] = self._encode(task)
         return self._prompts[task.id]
 
-    def _encode(self, task: Task) -> Prompt:
-        text = self._processor.apply_chat_template(list(task.messages), add_generation_prompt=True, tokenize=False)
-        text_ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not task.images:
-            return Prompt(tuple(text_ids), tuple(text_ids), {})
-        encoded = self._processor(text=[text], images=self.images(task), return_tensors="pt")
-        images = {key: value for key, value in encoded.items() if key not in _TEXT_KEYS}
-        return Prompt(tuple(text_ids), tuple(encoded["input_ids"][0].tolist()), images)
+    def blank(self) -> Prompt:
+        """A question with one small white picture, for a rank that has none while others do: the vision tower's
+        collectives need every rank."""
+        messages = [{"role": "user", "content": [{"type": "image"}]}]
+        return self._encoded(messages, [Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE), "white")])
 
-    def images(self, task: Task) -> list[Image]:
+    def _encode(self, task: Task) -> Prompt:
+        return self._encoded(list(task.messages), self.images(task))
+
+    def _encoded(self, messages: list[Any], pictures: list[Image.Image]) -> Prompt:
+        text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # As transformers does it: the tokenizer's own start of sequence, unless the template has written it already.
+        tokenizer = self._processor.tokenizer
+        start = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+        text_ids = tokenizer(text, add_special_tokens=start)["input_ids"]
+        input_ids, images = torch.tensor(text_ids), {}
+        if pictures:
+            encoded = self._processor(text=[text], images=pictures, add_special_tokens=start, return_tensors="pt")
+            input_ids = encoded["input_ids"][0]
+            images = {key: value for key, value in encoded.items() if key not in _TEXT_KEYS}
+        positions = self.family.positions(self.config, input_ids, images)
+        return Prompt(tuple(text_ids), tuple(input_ids.tolist()), positions, images)
+
+    def images(self, task: Task) -> list[Image.Image]:
         return [self._store.image(key) for key in task.images]
 
     def response(self, chain: Chain, answer: str) -> Response:
@@ -83,6 +109,10 @@ class PromptEncoder:
         ]
         return Response(tuple(encoded["input_ids"]), tuple(seen))
 
+    def token_keywords(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The forward's keyword tensors that go by token, of the shape of `input_ids`."""
+        return self.family.token_keywords(self.config, input_ids)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The response as text, without the end-of-turn token and padding, with `</think>` kept."""
         tokenizer = self._processor.tokenizer
@@ -92,22 +122,3 @@ class PromptEncoder:
     def piece(self, token_id: int) -> str:
         """One token as text, for reports."""
         return self._processor.tokenizer.decode([token_id], skip_special_tokens=False)
-
-
-def placeholder_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Ids that stand for pictures and videos. A policy that could sample one would break the count of image features,
-    so engine and learner both take them out of the distribution."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids = {getattr(model.config, name, None) for name in names}
-    vocabulary = model.config.get_text_config().vocab_size
-    return tuple(sorted(i for i in ids if i is not None and i < vocabulary))
-
-
-def engine_images(model_type: str, images: Sequence[Image], keys: Sequence[str]) -> dict[str, Any]:
-    """A request's picture part, as vLLM's processor of this model family takes it; its cache goes by the keys."""
-    if not images:
-        return {}
-    if model_type == "kimi_k25":
-        chunks = [{"type": "image", "image": image, "uuid": key} for image, key in zip(images, keys, strict=True)]
-        return {"multi_modal_data": {"vision_chunk": chunks}}
-    return {"multi_modal_data": {"image": list(images)}, "multi_modal_uuids": {"image": list(keys)}}

@@ -32,10 +32,11 @@ def test_on_another_version_vllm_is_not_even_imported(version):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("version", "applied"), [("0.32.0", 3), ("0.33.0", 0)])
-def test_on_the_checked_version_all_three_are_applied(monkeypatch, version, applied):
+@pytest.mark.parametrize(("version", "applied"), [("0.32.0", 4), ("0.33.0", 0)])
+def test_on_the_checked_version_all_four_are_applied(monkeypatch, version, applied):
     calls = []
-    for mend in ("_rotate_every_head", "_repack_experts_after_reload", "_scan_only_real_modules"):
+    mends = ("_rotate_every_head", "_repack_experts_after_reload", "_repack_tied_heads_after_reload")
+    for mend in (*mends, "_scan_only_real_modules"):
         monkeypatch.setattr(vllm_cpu, mend, lambda mend=mend: calls.append(mend))
     monkeypatch.setattr(metadata, "version", lambda name: version)
     vllm_cpu.apply()

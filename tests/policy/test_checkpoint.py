@@ -55,7 +55,9 @@ def saved(policy, tmp_path_factory):
 
 
 def _logits(model, processor, store):
-    prompt = PromptEncoder(processor, store).prompt(task("t", store, "sum of digits ?", picture(3, 48, 32)))
+    prompt = PromptEncoder(processor, store, model.config).prompt(
+        task("t", store, "sum of digits ?", picture(3, 48, 32))
+    )
     with torch.no_grad():
         return prompt, model(input_ids=torch.tensor([prompt.input_ids]), **prompt.images).logits
 

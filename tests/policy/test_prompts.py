@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_policy import build, picture, task
 
-from rlvlm.policy.prompts import PromptEncoder, engine_images, placeholder_ids, stack_images
+from rlvlm.policy.family import Family, family_of
+from rlvlm.policy.prompts import PromptEncoder, stack_images
 from rlvlm.records import Chain, Seen, Task
 from rlvlm.tasks.images import ImageStore
 
@@ -23,7 +24,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def encoder(policy, store):
-    return PromptEncoder(policy[1], store)
+    return PromptEncoder(policy[1], store, policy[0].config)
 
 
 def _pieces(encoder, ids):
@@ -75,7 +76,7 @@ def test_a_task_is_encoded_once(policy, tmp_path):
         return picture(seed, 16, 16)
 
     keys = [store.add_lazy(bytes([seed]), lambda seed=seed: load(seed)) for seed in (1, 2)]
-    encoder = PromptEncoder(policy[1], store)
+    encoder = PromptEncoder(policy[1], store, policy[0].config)
     content = [{"type": "image"}, {"type": "text", "text": "sum ?"}]
     one, two = (Task(key, ({"role": "user", "content": content},), (key,), "7", "exact", 1, "s") for key in keys)
     first = encoder.prompt(one)
@@ -120,9 +121,10 @@ def test_decode_drops_end_of_turn_and_padding_and_keeps_the_end_of_thought(encod
 
 
 def test_placeholders_are_all_marks_that_open_close_or_stand_for_pictures(policy):
-    model = policy[0]
-    assert placeholder_ids(model) == (6, 8, 9, 10)
-    assert {policy[1].tokenizer.convert_ids_to_tokens(i) for i in placeholder_ids(model)} == {
+    config = policy[0].config
+    ids = family_of(config, "tiny").placeholder_ids(config)
+    assert ids == (6, 8, 9, 10)
+    assert {policy[1].tokenizer.convert_ids_to_tokens(i) for i in ids} == {
         "<|media_begin|>",
         "<|media_pad|>",
         "<|media_end|>",
@@ -131,10 +133,10 @@ def test_placeholders_are_all_marks_that_open_close_or_stand_for_pictures(policy
 
 
 def test_placeholders_outside_the_vocabulary_cannot_be_sampled_and_are_left_out():
-    model = build()[0]
-    model.config.video_token_id = model.config.text_config.vocab_size
-    model.config.vision_end_token_id = 10**6
-    assert placeholder_ids(model) == (6, 8)
+    config = build()[0].config
+    config.video_token_id = config.text_config.vocab_size
+    config.vision_end_token_id = 10**6
+    assert family_of(config, "tiny").placeholder_ids(config) == (6, 8)
 
 
 def test_stacked_pictures_keep_their_order():
@@ -146,10 +148,10 @@ def test_stacked_pictures_keep_their_order():
     assert stack_images([{}, {}]) == {}
 
 
-def test_pictures_as_the_engines_processor_takes_them():
+def test_pictures_as_the_engines_processor_takes_them(encoder):
     images = [picture(0, 16, 16), picture(1, 16, 16)]
-    assert engine_images("kimi_k25", [], []) == {}
-    assert engine_images("kimi_k25", images, ["k", "l"]) == {
+    assert encoder.family.engine_images([], []) == {}
+    assert encoder.family.engine_images(images, ["k", "l"]) == {
         "multi_modal_data": {
             "vision_chunk": [
                 {"type": "image", "image": images[0], "uuid": "k"},
@@ -157,7 +159,7 @@ def test_pictures_as_the_engines_processor_takes_them():
             ]
         }
     }
-    assert engine_images("qwen3_vl", images, ["k", "l"]) == {
+    assert Family().engine_images(images, ["k", "l"]) == {
         "multi_modal_data": {"image": images},
         "multi_modal_uuids": {"image": ["k", "l"]},
     }
