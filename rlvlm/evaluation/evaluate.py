@@ -46,6 +46,13 @@ class Evaluator:
         greedy = await self._respond(f"{stage}-greedy", samples=1, temperature=0.0)
         return Measured(evaluate(sampled, greedy, self._style_lengths), sampled)
 
+    async def watch(self, iteration: int) -> Measured:
+        """Samples only, while RL goes on."""
+        # Written anew in a resumed run: there, this iteration is done again.
+        evaluation_file(self._run, f"{iteration:04d}").unlink(missing_ok=True)
+        sampled = await self._respond(f"{iteration:04d}", samples=self._recipe.evaluation.samples, temperature=1.0)
+        return Measured(evaluate(sampled, (), self._style_lengths), sampled)
+
     async def _respond(self, name: str, samples: int, temperature: float) -> list[Group]:
         path = evaluation_file(self._run, name)
         if path.exists():

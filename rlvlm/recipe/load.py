@@ -75,8 +75,10 @@ def _lay_over(data: dict[str, Any], override: str) -> None:
         part = _part(node, path, name, key, value)
         path.append(part)
         if isinstance(node, dict) and part not in node:
-            # What is not in the file has its default, and the override changes one element of that.
-            node[part] = copy.deepcopy((keys.schema_at(path) or {}).get("default", {}))
+            # What is not in the file has its default, and the override changes one element of that. A section fills
+            # in its own defaults, which may depend on what is given (rl.objective.preset).
+            default = {} if keys.names(path) else (keys.schema_at(path) or {}).get("default", {})
+            node[part] = copy.deepcopy(default)
         node = node[part]
     node[_part(node, path, last, key, value)] = value
 

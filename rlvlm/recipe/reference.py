@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -24,14 +24,15 @@ Path = tuple[str | int, ...]
 
 def reference() -> str:
     """The page, in Markdown."""
-    parts, told = [_HEAD], dict[type[Section], str]()
+    parts, told, told_again = [_HEAD], dict[type[Section], str](), set[str]()
     for path, section in _sections((), Recipe):
         title = keys.dotted(path).replace("[0]", "[]")
         same = told.setdefault(section, title)
         if same == title:
             parts.append(_part(path, section, title))
-        elif title.endswith("[]"):  # what it holds is the same too
+        elif keys.dotted(path[:-1]).replace("[0]", "[]") not in told_again:  # else what holds it is the same too
             parts.append(f"## `{title}`\n\nAs `{same}`.\n")
+            told_again.add(title)
     return "\n".join(parts)
 
 
@@ -49,9 +50,8 @@ def _inner(field: FieldInfo) -> tuple[type[Section] | None, str | int | None]:
     """The section that a key holds, if any, and under which part of the key where it holds several."""
     kinds = [field.annotation, *get_args(field.annotation)]
     inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-    if inner is None or inner is field.annotation:
-        return inner, None
-    return inner, keys.ANY_NAME if get_origin(field.annotation) is dict else 0
+    several: dict[Any, str | int] = {dict: keys.ANY_NAME, tuple: 0}  # neither is a section that may be null
+    return inner, several.get(get_origin(field.annotation))
 
 
 def _part(path: Path, section: type[Section], title: str) -> str:

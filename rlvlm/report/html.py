@@ -46,6 +46,7 @@ class Run:
     recipe: Mapping[str, Any]
     sft: Sequence[Record]
     rl: Sequence[Record]
+    evaluations: Sequence[Record]
     summary: Mapping[str, Any]
 
     @property
@@ -88,6 +89,7 @@ def read_run(run_folder: Path) -> Run:
         recipe=yaml.safe_load(text) or {},
         sft=[r for r in records if r.get("stage") == "sft"],
         rl=[r for r in records if r.get("stage") == "rl"],
+        evaluations=[r for r in records if r.get("stage") == "evaluation"],
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
     )
 
@@ -204,11 +206,14 @@ def _rl_charts(run: Run) -> list[Chart]:
 
     start = next((r["iteration"] for r in run.rl if r.get("length_reward")), None)
     begins = ("length reward on", float(start)) if start is not None else None
-    clipped = Chart("Clipped responses", (line("completions/clipped_ratio"),), "at max_tokens", percent=True, floor=0.0)
+    cut = Chart("Clipped responses", (line("completions/clipped_ratio"),), "at max_tokens", percent=True, floor=0.0)
+    bounded = Chart("Clipped ratios", (line("clip_ratio"),), "share of tokens", percent=True, floor=0.0)
+    rejected = Chart("Rejected tokens", (line("correction/rejected"),), "by the correction", percent=True, floor=0.0)
     limit = run.setting("parity", "max", default=Parity().max)
     return [
         Chart("Reward", (line("reward"),), "band: standard deviation", band=_band(run.rl, "reward_std"), mark=begins),
         Chart("Accuracy", (line("accuracy"),), "on the sampled training tasks", percent=True),
+        *_held_out_chart(run),
         Chart(
             "Chain length",
             (line("completions/mean_length", "mean"), line("completions/max_length", "max", "second")),
@@ -232,8 +237,17 @@ def _rl_charts(run: Run) -> list[Chart]:
         Chart("Mean level", (line("mean_level"),), "of the sampled tasks", floor=1.0),
         *_keyed_charts(run, "reward/", "Parts of the reward", "mean over the responses that have it"),
         *_keyed_charts(run, "success_rate/", "Success rate", "as the sampler tracks it", percent=True),
-        *([clipped] if any(clipped.lines[0].ys) else []),
+        *(chart for chart in (cut, bounded, rejected) if any(chart.lines[0].ys)),
     ]
+
+
+def _held_out_chart(run: Run) -> list[Chart]:
+    """The curve of evaluation.every, where there is one."""
+    if not run.evaluations:
+        return []
+    half_widths = tuple((r["ci95"][1] - r["ci95"][0]) / 2 for r in run.evaluations)
+    line = _line(run.evaluations, "iteration", "accuracy", "accuracy", "after")
+    return [Chart("Held-out accuracy", (line,), "T=1; band: 95% interval", percent=True, band=half_widths)]
 
 
 def _keyed_charts(run: Run, prefix: str, title: str, note: str, percent: bool = False) -> list[Chart]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlvlm_rewards import Score
 
+from rlvlm.evaluation.metrics import Evaluated
 from rlvlm.learner.learner import Parity
 from rlvlm.learner.objective import Rewarded, length_weight, success
 from rlvlm.recipe.schema import Length
@@ -53,6 +54,19 @@ def iteration_record(
         "tokens_per_s": sum(lengths) / wall,
         **{f"seconds/{part}": value for part, value in seconds.items()},
         "seconds/iteration": wall,
+    }
+
+
+def evaluation_record(iteration: int, result: Evaluated) -> dict[str, Any]:
+    """An evaluation on held-out tasks at T=1, made after `iteration`, as one line of metrics.jsonl."""
+    return {
+        "stage": "evaluation",
+        "iteration": iteration,
+        "accuracy": result["accuracy"],
+        "ci95": result["ci95"],
+        "samples": result["samples"],
+        "mean_length": result["mean_length"],
+        "failures": result["failures"],
     }
 
 

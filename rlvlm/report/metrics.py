@@ -2,6 +2,7 @@
 
 SFT lines have stage="sft", `step`, loss, mean_token_accuracy, grad_norm, learning_rate, `seconds` since SFT began.
 RL lines have stage="rl", `iteration`, and TRL's key names where TRL has one.
+With evaluation.every there are lines with stage="evaluation", and the `iteration` that they were made after.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class MetricsLog:
         return [self._parse(number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if line]
 
     def truncate_after(self, iteration: int) -> None:
-        """For resuming: drops RL lines of later iterations and a half-written last line, atomically; keeps the rest."""
-        kept = [r for r in self.read() if r.get("stage") != "rl" or r["iteration"] <= iteration]
+        """For resuming: drops lines of later iterations and a half-written last line, atomically; keeps the rest."""
+        kept = [r for r in self.read() if r.get("iteration", 0) <= iteration]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
         replace_file(self.path, lambda temporary: temporary.write_bytes("".join(lines).encode()))
 

@@ -8,12 +8,14 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from rlvlm.evaluation.evaluate import Measured
 from rlvlm.evaluation.metrics import gain, length_change
 from rlvlm.learner.learner import Parity
 from rlvlm.policy.checkpoint import parameter_count
+from rlvlm.policy.family import family_of
+from rlvlm.policy.trainable import planned
 from rlvlm.recipe.schema import Recipe
 from rlvlm.report.clock import Clock, MemoryWatch
 from rlvlm.report.console import Console, Example
@@ -29,7 +31,7 @@ LOOP_PARTS = ("rollout", "reward", "learner", "transfer")
 def finish(
     run: RunFolder,
     recipe: Recipe,
-    model: PreTrainedModel,
+    config: PretrainedConfig,
     before: Measured,
     after: Measured | None,
     parity: Parity | None,
@@ -38,7 +40,7 @@ def finish(
     console: Console,
 ) -> None:
     """Writes the summary and the report and prints the result."""
-    summary = _summary(run, recipe, model, before, after, parity, clock, memory)
+    summary = _summary(run, recipe, config, before, after, parity, clock, memory)
     replace_file(run.summary, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     write_report(run.root)
     last = Example.of(after.groups[0]) if after else None
@@ -48,7 +50,7 @@ def finish(
 def _summary(
     run: RunFolder,
     recipe: Recipe,
-    model: PreTrainedModel,
+    config: PretrainedConfig,
     before: Measured,
     after: Measured | None,
     parity: Parity | None,
@@ -61,7 +63,7 @@ def _summary(
         "seed": recipe.seed,
         "wall_s": sum(seconds.values()),
         "peak_rss_bytes": memory.peak_bytes,
-        "policy": {"architecture": model.config.model_type, "parameters": parameter_count(model.parameters())},
+        "policy": {"architecture": config.model_type, **_parameters(config, recipe)},
         "versions": dict(_versions()),
         "zero_stage": recipe.learner.zero_stage,
         "evaluation": {"sft": before.result, **({"rl": after.result} if after else {})},
@@ -73,6 +75,17 @@ def _summary(
     if parity:
         summary["parity"] = {"max": parity.max, "mean": parity.mean, "tokens": parity.tokens}
     return summary
+
+
+def _parameters(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
+    """How many there are, and how many of each freeze group each stage trains, adapters among them."""
+    by_stage = planned(config, recipe)
+    return {
+        "parameters": parameter_count(family_of(config, config.name_or_path).skeleton(config).parameters()),
+        "trained": {
+            stage: {group: count.trained for group, count in counts.items()} for stage, counts in by_stage.items()
+        },
+    }
 
 
 def _seconds(clock: Clock, log: MetricsLog) -> dict[str, float]:

@@ -93,7 +93,7 @@ def iteration_file(run_folder: Path, iteration: int) -> Path:
 
 
 def evaluation_file(run_folder: Path, stage: str) -> Path:
-    """stage: "sft" (before RL) or "rl" (after)."""
+    """stage: "sft" (before RL), "rl" (after), or the iteration that it was made after."""
     return run_folder / "trajectories" / f"evaluation-{stage}.parquet"
 
 

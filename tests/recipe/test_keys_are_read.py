@@ -1,8 +1,8 @@
 """A key that no code reads is a promise that nobody keeps.
 
 Read means: somewhere in rlvlm/, outside the recipe itself and the preflight (which only checks), the key is taken off
-its section by name, as in `recipe.rl.tau`, `rl.tau` after `rl = recipe.rl`, or `options.tau` with `options: RL`; or off
-the saved copy, as in `saved["rl"]["tau"]` or `setting("rl", "tau")`.
+its section by name, as in `recipe.rl.temperature`, `rl.temperature` after `rl = recipe.rl`, or `options.temperature`
+with `options: RL`; or off the saved copy, as in `saved["rl"]["temperature"]` or `setting("rl", "temperature")`.
 """
 
 from __future__ import annotations
@@ -171,13 +171,13 @@ def test_every_key_of_the_recipe_is_read() -> None:
 @pytest.mark.parametrize(
     ("source", "key"),
     [
-        ("recipe.rl.tau", "rl.tau"),
-        ("self._recipe.rl.tau", "rl.tau"),
-        ("def f(rl):\n return rl.tau", "rl.tau"),
-        ("def f(options: RL | None):\n return options.tau", "rl.tau"),
-        ("class A:\n options: schema.RL\n def f(self): return self.options.tau", "rl.tau"),
-        ("options = recipe.rl\nprint(options.tau)", "rl.tau"),
-        ("s, r = recipe.sft, recipe.rl\nr.tau", "rl.tau"),
+        ("recipe.rl.temperature", "rl.temperature"),
+        ("self._recipe.rl.temperature", "rl.temperature"),
+        ("def f(rl):\n return rl.temperature", "rl.temperature"),
+        ("def f(options: RL | None):\n return options.temperature", "rl.temperature"),
+        ("class A:\n options: schema.RL\n def f(self): return self.options.temperature", "rl.temperature"),
+        ("options = recipe.rl\nprint(options.temperature)", "rl.temperature"),
+        ("s, r = recipe.sft, recipe.rl\nr.temperature", "rl.temperature"),
         ("recipe.rl.length.gate", "rl.length.gate"),
         ("gate.tasks", "sft.gate.tasks"),
         ("recipe.tasks.train[0].weight", "tasks.train.weight"),
@@ -187,8 +187,8 @@ def test_every_key_of_the_recipe_is_read() -> None:
         ("policy.tiny.hidden", "policy.tiny.hidden"),
         ("def f(tiny: TinyPolicy): tiny.hidden", "policy.tiny.hidden"),
         ("recipe.seed", "seed"),
-        ('saved["rl"]["tau"]', "rl.tau"),
-        ('run.setting("rl", "tau", default=1)', "rl.tau"),
+        ('saved["rl"]["temperature"]', "rl.temperature"),
+        ('run.setting("rl", "temperature", default=1)', "rl.temperature"),
     ],
 )
 def test_ways_to_read_a_key(source: str, key: str) -> None:
@@ -198,21 +198,21 @@ def test_ways_to_read_a_key(source: str, key: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "# recipe.rl.tau",
-        "'recipe.rl.tau'",
-        "tau",
-        "recipe.tau",
-        "recipe.sft.tau",
-        "x.tau",
+        "# recipe.rl.temperature",
+        "'recipe.rl.temperature'",
+        "temperature",
+        "recipe.temperature",
+        "recipe.sft.temperature",
+        "x.temperature",
         "recipe.rl",
-        "recipe.rl.tau = 1",
-        "x['tau']",
-        "f('tau')",
-        "x['sft']['tau']",
+        "recipe.rl.temperature = 1",
+        "x['temperature']",
+        "f('temperature')",
+        "x['sft']['temperature']",
     ],
 )
 def test_what_does_not_read_it(source: str) -> None:
-    assert leaves(Recipe)["rl.tau"] not in keys_read(source)
+    assert leaves(Recipe)["rl.temperature"] not in keys_read(source)
 
 
 def test_the_leaves_are_the_keys_that_hold_values() -> None:

@@ -65,9 +65,9 @@ def test_overrides_are_typed_and_any_key_can_be_one(minimal: Path) -> None:
 
 def test_off_in_the_file_is_the_word(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text(MINIMAL + "sampling: {curriculum: off}\nrl: {tau: 1e-3}\n")
+    path.write_text(MINIMAL + "sampling: {curriculum: off}\nrl: {temperature: 1e-3}\n")
     recipe = load_recipe(path)
-    assert recipe.sampling.curriculum == "off" and recipe.rl.tau == 0.001
+    assert recipe.sampling.curriculum == "off" and recipe.rl.temperature == 0.001
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_off_in_the_file_is_the_word(tmp_path: Path) -> None:
         ),
         ("rl.prompts=32.0", "rl.prompts = 32.0: this is a number with a fraction; give 32"),
         ("rl.prompts=true", "rl.prompts = true: this is true or false; give a whole number of at least 1"),
-        ("rl.tau=true", "rl.tau = true: this is true or false; give a number of at least 0"),
+        ("rl.temperature=true", "rl.temperature = true: this is true or false; give a number above 0"),
         ("rl.prompts=0", "rl.prompts = 0: out of range; give a whole number of at least 1"),
         ("rl.learning_rate=.inf", "rl.learning_rate = .inf: out of range; give a number above 0"),
         ("rl.learning_rate=.nan", "rl.learning_rate = .nan: out of range; give a number above 0"),
@@ -196,6 +196,8 @@ _NUMBERS = {"integer": int, "number": float, "boolean": bool, "string": str}
 
 def _at(data: Any, key: str) -> Any:
     for part in key.replace("[", ".").replace("]", "").split("."):
+        if data is None:  # a section that may be null
+            break
         data = data[int(part)] if part.isdecimal() else data[part]
     return data
 
@@ -298,6 +300,18 @@ def _sources(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def _objectives(draw: st.DrawFn) -> dict[str, Any]:
+    kind = draw(st.sampled_from(["none", "tis", "icepop"]))
+    return {
+        "preset": draw(st.sampled_from(["opmd", "grpo", "gspo", "rloo", "rest"])),
+        "tau": draw(_POSITIVE),
+        "optimizer_reset": draw(st.booleans()),
+        "correction": {"kind": kind, "cap": draw(_POSITIVE) if kind == "tis" else None},
+        **draw(st.sampled_from([{}, {"normalisation": "fixed", "divisor": 24}, {"level": "token"}])),
+    }
+
+
+@st.composite
 def _recipes(draw: st.DrawFn) -> dict[str, Any]:
     minibatches = draw(st.integers(1, 99))
     prompts = minibatches * draw(st.integers(1, 99))
@@ -320,7 +334,7 @@ def _recipes(draw: st.DrawFn) -> dict[str, Any]:
             "pool": prompts + draw(st.integers(0, 10**9)),
             "betas": [draw(st.floats(0, 1, exclude_max=True)), draw(st.floats(0, 1, exclude_max=True))],
             "length": {"gate": draw(st.none() | _SHARE)},
-            "optimizer_reset": draw(st.booleans()),
+            "objective": draw(_objectives()),
         },
         "sampling": {"curriculum": draw(st.sampled_from(["linear", "off"])), "floor": draw(_SHARE)},
         "rollout": {"ban": draw(st.lists(st.integers(0, 10**6), max_size=3))},

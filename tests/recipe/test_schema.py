@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rlvlm.recipe.errors import RecipeError
 from rlvlm.recipe.load import load_recipe, recipe_from
+from rlvlm.recipe.schema import Clip, Objective
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,114 @@ def test_what_is_allowed(minimal: Path) -> None:
     load_recipe(minimal, ["rl.max_tokens=511", "rl.pool=32", "rl.prompts=32"])
     load_recipe(minimal, ["tasks.train=[{dataset: a.csv, reward: exact, split: 'train[:5]', columns: {image: scan}}]"])
     load_recipe(minimal, ["tasks.train[0].reward=exact"])  # overrides the generator's own verifier
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "clip.kind=ppo",
+            "rl.objective.clip.kind = ppo: rl.objective.surrogate = log_prob has no ratio to clip; "
+            "give mask or none, or surrogate=ratio",
+        ),
+        (
+            "preset=rloo | baseline=logmeanexp",
+            "rl.objective.baseline = logmeanexp: tau log mean exp(r/tau) needs a tau, and rl.objective.tau = 0; "
+            "give rl.objective.tau=0.1, or baseline=mean",
+        ),
+        (
+            "preset=rest | scale=std",
+            "rl.objective.scale = std: the standard deviation is about a mean that is not taken off; "
+            "give none, or baseline=mean",
+        ),
+        (
+            "normalisation=fixed",
+            "rl.objective.divisor: missing: rl.objective.normalisation = fixed divides by it; "
+            "give the usual length of a response in tokens, or 1 for the plain sum",
+        ),
+        (
+            "divisor=24",
+            "rl.objective.divisor = 24.0: not read with rl.objective.normalisation = none; "
+            "leave it out, or give normalisation=fixed",
+        ),
+        (
+            "clip.kind=mask | clip.epsilon_low=0.5",
+            "rl.objective.clip.epsilon_high: missing: rl.objective.clip.kind = mask needs it; give a number",
+        ),
+        (
+            "clip.epsilon_high=0.5",
+            "rl.objective.clip.epsilon_high = 0.5: not read with rl.objective.clip.kind = none; "
+            "leave it out, or give rl.objective.clip.kind=ppo",
+        ),
+        (
+            "correction.kind=tis | correction.low=0.5",
+            "rl.objective.correction.low = 0.5: not read with rl.objective.correction.kind = tis; "
+            "leave it out, or give rl.objective.correction.kind=icepop",
+        ),
+        (
+            "correction.kind=icepop | correction.low=1.5",
+            "rl.objective.correction.low = 1.5: rejects tokens that engine and learner agree on, whose ratio is 1; "
+            "give a number below 1",
+        ),
+        ("preset=ppo", "rl.objective.preset = ppo: not one of the choices; give opmd, grpo, gspo, rloo or rest"),
+        (
+            "levle=token",
+            "rl.objective.levle = token: no such key; did you mean rl.objective.level?",
+        ),
+        ("clip=3", "rl.objective.clip = 3: this is a whole number; give a section (kind, epsilon_low, epsilon_high)"),
+        (
+            "clip.kind=[1]",
+            "rl.objective.clip.kind = [1]: not one of the choices; give none, ppo or mask",
+        ),
+    ],
+)
+def test_objectives_that_mean_nothing(minimal: Path, overrides: str, message: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(minimal, [f"rl.objective.{key}" for key in overrides.split(" | ")])
+    assert str(raised.value) == message
+
+
+def test_a_preset_fills_what_is_not_given(minimal: Path) -> None:
+    def objective(*overrides: str) -> Objective:
+        return load_recipe(minimal, [f"rl.objective.{key}" for key in overrides]).rl.objective
+
+    grpo = objective("preset=grpo")
+    assert (grpo.level, grpo.surrogate, grpo.scale, grpo.normalisation) == ("token", "ratio", "std", "length")
+    assert (grpo.clip.kind, grpo.clip.epsilon_low, grpo.clip.epsilon_high) == ("ppo", 0.2, 0.2)
+    assert (grpo.tau, grpo.optimizer_reset) == (0.0, False)
+    gspo = objective("preset=gspo")
+    assert (gspo.level, gspo.clip.epsilon_low, gspo.clip.epsilon_high) == ("sequence", 3e-4, 4e-4)
+    assert objective("preset=rloo").baseline == "leave_one_out"
+    rest = objective("preset=rest")
+    assert (rest.baseline, rest.positives_only, rest.tau) == ("none", True, 0.0)
+    assert objective() == objective("preset=opmd") == Objective()
+    # what is given stays, the rest of the preset too; another kind of clip leaves the preset's bounds behind
+    assert objective("preset=grpo", "tau=0.5") == grpo.model_copy(update={"tau": 0.5})
+    wide = objective("preset=grpo", "clip.epsilon_high=0.28").clip
+    assert (wide.kind, wide.epsilon_low, wide.epsilon_high) == ("ppo", 0.2, 0.28)
+    assert objective("preset=gspo", "clip.kind=none").clip == Clip()
+    assert objective("correction.kind=tis").correction.cap == 2.0
+    icepop = objective("correction.kind=icepop", "correction.high=4").correction
+    assert (icepop.low, icepop.high, icepop.cap) == (0.5, 4.0, None)
+
+
+def test_a_single_sample_needs_a_baseline_that_is_not_itself(minimal: Path) -> None:
+    load_recipe(minimal, ["rl.samples=1", "rl.objective.preset=rest"])
+
+
+def test_experts_are_shared_out_only_where_that_works(minimal: Path) -> None:
+    fits = ["learner.ranks=4", "learner.expert_parallel=2", "learner.balance.kind=off"]
+    assert load_recipe(minimal, fits).learner.expert_parallel == 2
+    others = ["learner.expert_parallel=3", "learner.zero_stage=3", "learner.offload=optimizer", "rl.router_replay=r2"]
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(minimal, ["learner.ranks=4", *others, "policy.lora.rank=4"])
+    told = str(raised.value).splitlines()
+    assert told[0] == "learner.expert_parallel = 3: does not divide learner.ranks = 4; give a divisor of 4"
+    key = "learner.expert_parallel = 3: does not work with"
+    assert f"{key} learner.zero_stage = 3; give learner.zero_stage=1 or 2, or learner.expert_parallel=1" in told
+    assert f"{key} learner.balance.kind = auto; give learner.balance.kind=off, or learner.expert_parallel=1" in told
+    assert f"{key} rl.router_replay = r2; give rl.router_replay=none, or learner.expert_parallel=1" in told
+    assert len(told) == 6
 
 
 def test_every_failed_check_is_told(minimal: Path) -> None:

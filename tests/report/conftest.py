@@ -32,7 +32,7 @@ RECIPE = {
     "policy": {"model": "tiny_kimi", "dtype": "float32"},
     "tasks": {"train": [{"generator": "digit_sum"}, {"generator": "largest_digit"}]},
     "sft": {"phases": [{"steps": 250}, {"steps": 150}], "batch": 48, "learning_rate": 3e-3},
-    "rl": {"iterations": ITERATIONS, "prompts": 32, "samples": 8, "tau": 0.1, "length": {"start_iteration": 6}},
+    "rl": {"iterations": ITERATIONS, "prompts": 32, "samples": 8, "length": {"start_iteration": 6}},
     "parity": {"max": 1e-3},
     "report": {"trajectories": 12},
 }

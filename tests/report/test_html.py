@@ -121,6 +121,17 @@ def test_every_curve_that_was_asked_for_carries_the_run_s_numbers(copy: Path) ->
     assert parity[0][3] - parity[1][3] == pytest.approx(climbed, abs=0.11)
 
 
+def test_the_curve_on_held_out_pictures_has_its_intervals(copy: Path) -> None:
+    log = MetricsLog(copy / "metrics.jsonl")
+    for iteration, accuracy in ((0, 0.25), (2, 0.5)):
+        ci95 = [accuracy - 0.125, accuracy + 0.125]
+        log.write({"stage": "evaluation", "iteration": iteration, "accuracy": accuracy, "ci95": ci95})
+    _, page = report_of(copy)
+    charts = {a["aria-label"].split(":")[0]: json.loads(a["data-chart"]) for a in page.of_class("chart")}  # type: ignore[union-attr,arg-type]
+    points = charts["Held-out accuracy"]["lines"][0]["points"]
+    assert [point[:2] for point in points] == [[0, 0.25], [2, 0.5]]
+
+
 def test_a_dozen_responses_with_picture_tokens_and_parts(copy: Path) -> None:
     _, page = report_of(copy)
     assert len(page.of_class("response")) == 12

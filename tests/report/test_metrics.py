@@ -34,11 +34,14 @@ def test_no_file_is_no_lines(tmp_path: Path) -> None:
 
 
 def test_truncating_keeps_sft_and_iterations_up_to_n(log: MetricsLog) -> None:
+    log.write({"stage": "evaluation", "iteration": 2, "accuracy": 0.25})
+    log.write({"stage": "evaluation", "iteration": 3, "accuracy": 0.5})
     log.truncate_after(2)
     assert log.read() == [
         {"stage": "sft", "step": 10, "loss": 1.5},
         {"stage": "rl", "iteration": 1, "reward": 0.25},
         {"stage": "rl", "iteration": 2, "reward": 0.5},
+        {"stage": "evaluation", "iteration": 2, "accuracy": 0.25},
     ]
     assert [path.name for path in log.path.parent.iterdir()] == ["metrics.jsonl"]
 
