@@ -9,11 +9,12 @@ because reward functions are used without the rest of rlvlm. This file imports n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from rlvlm_rewards import Score
 
@@ -99,7 +100,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One response to one task. `prompt_ids` has the image placeholders expanded, as engine and learner both see it."""
+    """One response to one task. `prompt_ids` has the image placeholders expanded, as engine and learner both see it.
+
+    routing_TLK: which experts the ENGINE chose for each token that it computed, int16 [prompt + response - 1, MoE
+    layers, experts per token], -1 where that was not recorded; None unless rl.router_replay asks for it.
+    """
 
     task_id: str
     index: int
@@ -107,6 +112,7 @@ class Trajectory:
     segments: tuple[Segment, ...]
     stop: StopReason
     text: str
+    routing_TLK: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def response_ids(self) -> tuple[int, ...]:
@@ -133,14 +139,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Several sequences laid end to end without padding (T tokens in all, S sequences).
+    """Several sequences laid end to end without padding (T tokens in all, S responses that are trained on).
 
-    input_ids_T, segment_T: token ids, and which of the row's sequences each token belongs to (0..S-1).
-    position_ids: what the model family wants, `[1, T]` for Kimi; positions restart with every sequence.
+    input_ids_T, segment_T: token ids, and which of the row's sequences each token belongs to: 0..S-1, and from S on
+    sequences that carry no loss (the blank picture that some ranks need, see `Minibatch`).
+    position_ids: what the model family wants, `[P, T]`; positions restart with every sequence.
     trained_T: True where the token at this position is a response token that carries loss.
-    advantage_S: A_j of each sequence. group_size_S: how many responses to the same prompt are trained on.
+    advantage_S: A_j of each response. group_size_S: how many responses to the same prompt are trained on.
     engine_logp_T: the rollout engine's log-probability of the token at this position, 0 elsewhere.
     images: keyword tensors of the model's forward for the row's pictures (e.g. pixel_values, image_grid_thw).
+    routing_TLK: the engine's choice of experts (`Trajectory.routing_TLK`), -1 where the router is free; None if the
+    engine's choice is not replayed.
     """
 
     input_ids_T: torch.Tensor
@@ -151,11 +160,28 @@ class Row:
     group_size_S: torch.Tensor
     engine_logp_T: torch.Tensor
     images: Mapping[str, torch.Tensor]
+    routing_TLK: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """What one optimizer step trains on.
+
+    rows: by rank. Every rank has the same number of rows, and pictures in a row where any other rank has: sharded
+    parameters are gathered by all ranks together. prompts, sequences: over all ranks, what the loss is divided by.
+    """
+
+    rows: tuple[tuple[Row, ...], ...]
+    prompts: int
+    sequences: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the learner trains on in one iteration: minibatches of packed rows, and the prompts in each."""
+    """What the learner trains on in one iteration. Minibatches without a scored response are not in it."""
 
-    minibatches: tuple[tuple[Row, ...], ...]
-    prompts: tuple[int, ...]
+    minibatches: tuple[Minibatch, ...]
+
+    def share(self, rank: int) -> Batch:
+        """The batch with the rows of one rank only."""
+        return Batch(tuple(replace(minibatch, rows=(minibatch.rows[rank],)) for minibatch in self.minibatches))

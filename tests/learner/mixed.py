@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from rlvlm_rewards import Failure, Score
@@ -11,11 +12,16 @@ from tiny_policy import group, picture, task
 from transformers import PreTrainedModel
 
 from rlvlm.learner.objective import Rewarded
+from rlvlm.learner.packing import pack
+from rlvlm.policy.family import family_of
 from rlvlm.policy.prompts import Prompt, PromptEncoder
-from rlvlm.records import Group, Row
+from rlvlm.recipe.load import recipe_from
+from rlvlm.recipe.schema import Recipe
+from rlvlm.records import Batch, Group, Row
 from rlvlm.tasks.images import ImageStore
 
 WORDS = range(290, 400)  # ids of words: no specials, no bytes
+TEXT, ONE, TWO = (), ((32, 16),), ((16, 32), (32, 32))  # sizes of a prompt's pictures
 
 
 @dataclass(frozen=True)
@@ -45,23 +51,47 @@ def reward(
     return rewarded
 
 
-def mixed(encoder: PromptEncoder, store: ImageStore, seed: int, per_kind: int = 1) -> list[Rewarded]:
-    """Text only, one picture, two pictures; 3 responses each, of 2 to 9 tokens; the first group's second one failed."""
+def mixed(
+    encoder: PromptEncoder,
+    store: ImageStore,
+    seed: int,
+    per_kind: int = 1,
+    kinds: Sequence[tuple[tuple[int, int], ...]] = (TEXT, ONE, TWO),
+) -> list[Rewarded]:
+    """A group of each kind: 3 responses of 2 to 9 tokens; the first group's second one failed."""
     g = torch.Generator().manual_seed(seed)
 
     def response() -> tuple[int, ...]:
         length = int(torch.randint(2, 10, (), generator=g))
         return tuple(torch.randint(WORDS.start, WORDS.stop, (length,), generator=g).tolist())
 
-    pictures = [(), ((32, 16),), ((16, 32), (32, 32))]
     groups = []
-    for n, sizes in enumerate(pictures * per_kind):
+    for n, sizes in enumerate(tuple(kinds) * per_kind):
         images = [picture(100 * seed + 10 * n + i, *size) for i, size in enumerate(sizes)]
         asked = task(f"t{seed}-{n}", store, ("sum of digits ?", "what is left ?")[n % 2], *images)
         groups.append(group(asked, encoder, *(response() for _ in range(3))))
     order = torch.randperm(3 * len(groups), generator=g).tolist()
     advantages = iter([(i - len(order) / 2 + 0.25) / 8 for i in order])
     return reward(groups, advantages, failed=((0, 1),))
+
+
+@cache
+def packing_recipe(minibatches: int = 1, row_tokens: int = 10_000, ranks: int = 1, **learner: object) -> Recipe:
+    return recipe_from(
+        {
+            "name": "test",
+            "tasks": {"train": [{"generator": "digits_sum"}]},
+            "rl": {"prompts": minibatches, "minibatches": minibatches},
+            "learner": {"row_tokens": row_tokens, "ranks": ranks, **learner},
+        }
+    )
+
+
+def packed_rows(rewarded: list[Rewarded], encoder: PromptEncoder, row_tokens: int = 10_000) -> tuple[Row, ...]:
+    """One minibatch for one rank."""
+    batch: Batch = pack(rewarded, encoder, packing_recipe(row_tokens=row_tokens), seed=0)
+    ((rows,),) = (minibatch.rows for minibatch in batch.minibatches)
+    return rows
 
 
 def alone(rewarded: list[Rewarded], encoder: PromptEncoder) -> list[Alone]:
@@ -75,9 +105,13 @@ def alone(rewarded: list[Rewarded], encoder: PromptEncoder) -> list[Alone]:
 
 
 def logits_alone(model: PreTrainedModel, one: Alone) -> torch.Tensor:
-    """[response, vocabulary]: the plain forward of transformers on this sequence only."""
+    """[response, vocabulary]: the plain forward of transformers on this sequence only, which works positions out
+    itself."""
     ids = torch.tensor([one.prompt.input_ids + one.response])
-    logits_TV = model(input_ids=ids, use_cache=False, **one.prompt.images).logits[0]
+    marks = family_of(model.config, "tiny").token_keywords(model.config, ids)
+    logits_TV = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **marks, **one.prompt.images
+    ).logits[0]
     return logits_TV[len(one.prompt.input_ids) - 1 : -1]
 
 

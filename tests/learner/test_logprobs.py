@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from tiny_policy import build
+from torch import nn
 
-from learner.mixed import alone, by_advantage, logits_alone, logp_alone, mixed
-from rlvlm.learner.logprobs import RowLogProbs, sum_by_segment
-from rlvlm.learner.packing import pack
+from learner.mixed import alone, by_advantage, logits_alone, logp_alone, mixed, packed_rows
+from rlvlm.learner.logprobs import RowLogProbs, fused_logp, is_plain_matrix
 from rlvlm.policy.prompts import PromptEncoder
 from rlvlm.tasks.images import ImageStore
 
@@ -24,9 +24,9 @@ def policy():
 def sample(policy, tmp_path_factory):
     """One row with everything in it, and its responses alone (none of them holds a banned token)."""
     store = ImageStore(tmp_path_factory.mktemp("images"))
-    encoder = PromptEncoder(policy[1], store)
+    encoder = PromptEncoder(policy[1], store, policy[0].config)
     rewarded = mixed(encoder, store, seed=4)
-    ((row,),) = pack(rewarded, encoder.prompt, minibatches=1, row_tokens=10_000, seed=0).minibatches
+    (row,) = packed_rows(rewarded, encoder)
     responses = alone(rewarded, encoder)
     assert not any(token in _BANNED for one in responses for token in one.response)
     return row, responses
@@ -85,7 +85,7 @@ def test_gradients_through_chunks_are_those_of_the_full_softmax(policy, sample):
     model, (row, responses) = policy[0], sample
     model.zero_grad()
     logp_N, _ = RowLogProbs(model, 0.8, _BANNED, 3)(row)
-    sum_by_segment(logp_N, row).dot(row.advantage_S).backward()
+    (logp_N * row.advantage_S[row.segment_T[row.trained_T]]).sum().backward()
     chunked = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     sum(one.advantage * logp_alone(model, one, 0.8, _BANNED).sum() for one in responses).backward()
@@ -99,12 +99,41 @@ def test_no_gradient_flows_through_the_entropy(policy, sample):
     assert not RowLogProbs(policy[0], 1.0, (), 16)(sample[0])[1].requires_grad
 
 
-def test_sums_by_response(sample):
-    row, responses = sample
-    numbers_N = torch.arange(1.0, int(row.trained_T.sum()) + 1)
-    found = dict(zip(row.advantage_S.tolist(), sum_by_segment(numbers_N, row).tolist(), strict=True))
-    first = 1
-    for advantage in row.advantage_S.tolist():
-        (length,) = (len(one.response) for one in responses if one.advantage == advantage)
-        assert found[advantage] == sum(range(first, first + length))
-        first += length
+# --- the fused kernel, in torch where there is no Triton ------------------------------------------------------------
+
+
+def _head(bias: bool, vocabulary: int = 20_000) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    """A head of three tiles, states, and targets from each of them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = nn.Linear(24, vocabulary, bias=bias)
+        return head, torch.randn(50, 24, requires_grad=True), torch.arange(7, vocabulary, vocabulary // 50)[:50]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("banned", [(), (3, 9_000, 19_999)])
+def test_the_fused_kernel_against_a_softmax_over_what_is_allowed(bias, banned):
+    head, hidden_NH, target_N = _head(bias)
+    logp_N, entropy_N = fused_logp(hidden_NH, target_N, head, 0.7, banned)
+    allowed = torch.tensor([i for i in range(20_000) if i not in banned])
+    logits = head(hidden_NH).double() / 0.7
+    expected_N = logits.gather(1, target_N[:, None])[:, 0] - logits[:, allowed].logsumexp(1)
+    torch.testing.assert_close(logp_N.double(), expected_N, atol=1e-5, rtol=0)
+    p = logits[:, allowed].softmax(1)
+    torch.testing.assert_close(entropy_N.double(), -(p * p.log()).sum(1), atol=1e-5, rtol=0)
+    assert not entropy_N.requires_grad
+    weight_N = torch.linspace(-1, 1, 50)
+    found, expected = (
+        torch.autograd.grad((weight_N * one).sum(), (hidden_NH, *head.parameters())) for one in (logp_N, expected_N)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_head_that_is_no_plain_matrix_is_called_and_not_read():
+    """Sharded by ZeRO-3 (its matrix is empty until the module is called), or wrapped by an adapter."""
+    head, *_ = _head(False, 100)
+    assert is_plain_matrix(head)
+    head.weight.ds_id = 1
+    assert not is_plain_matrix(head)
+    assert not is_plain_matrix(nn.Sequential(nn.Linear(2, 2)))
