@@ -11,20 +11,23 @@ import gc
 import hashlib
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlvlm.policy.prompts import PromptEncoder, engine_images
+from rlvlm.policy.prompts import PromptEncoder
 from rlvlm.recipe.errors import RunError
 from rlvlm.recipe.schema import Recipe
 from rlvlm.records import Group, Segment, StopReason, Task, Trajectory
+from rlvlm.rollout.routing import EngineRouting
 from rlvlm.rollout.vllm_plugin import PARENT
+from rlvlm.weights.parcel import Parcel
 
+_PICTURES = 8  # at most, in a prompt
 # Added to a banned token's logit. -100, the least that OpenAI's API allows, is not enough: a policy can outbid it.
 _NEVER = -1e9
 
@@ -44,26 +47,27 @@ class PromptMismatch(RunError):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a round samples. temperature 0 is greedy. `round` keys the seeds: the same round is the same samples."""
+    """How a round samples. temperature 0 is greedy. `round` keys the seeds: the same round is the same samples.
+    routing: the trajectories carry the engine's choice of experts, in an engine that records it (rl.router_replay r3).
+    """
 
     samples: int
     temperature: float
     max_tokens: int
     round: str
+    routing: bool = False
 
 
 class RolloutEngine:
     """Use as an async context manager; `generate` and `update_weights` are the two things it does."""
 
-    def __init__(
-        self, recipe: Recipe, checkpoint: Path, model_type: str, encoder: PromptEncoder, banned: Sequence[int]
-    ) -> None:
+    def __init__(self, recipe: Recipe, checkpoint: Path, encoder: PromptEncoder, banned: Sequence[int]) -> None:
         self._recipe = recipe
         self._checkpoint = checkpoint
-        self._model_type = model_type
         self._encoder = encoder
         self._banned = {token: _NEVER for token in banned}
         self._engine: Any = None
+        self._routing = EngineRouting() if recipe.rl.router_replay == "r3" else None
         self.weight_version = 0
 
     async def __aenter__(self) -> RolloutEngine:
@@ -75,6 +79,8 @@ class RolloutEngine:
         with _sigint_blocked():
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments()))
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest({}))
+        if self._routing:
+            await self._routing.start(self._engine)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -89,7 +95,6 @@ class RolloutEngine:
         from rlvlm.weights.shared_memory import BACKEND
 
         recipe = self._recipe
-        images = {"vision_chunk": 8} if self._model_type == "kimi_k25" else {"image": 8}
         return dict(
             model=str(self._checkpoint),
             dtype=recipe.policy.dtype,
@@ -97,7 +102,7 @@ class RolloutEngine:
             max_model_len=recipe.rollout.max_model_len,
             max_num_seqs=recipe.rollout.max_sequences,
             gpu_memory_utilization=recipe.rollout.gpu_memory,
-            limit_mm_per_prompt=images,
+            limit_mm_per_prompt={self._encoder.family.modality: _PICTURES},
             enable_prefix_caching=True,
             enforce_eager=not torch.cuda.is_available(),
             # The distribution that is sampled from: after temperature and the banned ids, as the learner computes it.
@@ -107,6 +112,7 @@ class RolloutEngine:
             use_tqdm_on_load=False,
             generation_config="vllm",
             **({} if torch.cuda.is_available() else _WHOLE_PREFILL),
+            **(self._routing.arguments() if self._routing else {}),
         )
 
     async def generate(self, tasks: Sequence[Task], sampling: Sampling) -> list[Group]:
@@ -121,12 +127,14 @@ class RolloutEngine:
             queues = [await self._add(task, sampling) for task in tasks]
             await self._engine.resume_generation()
             outputs = [await queue.get() for queue in queues]
+            if self._routing:
+                await self._routing.fetch(self._engine, wanted=sampling.routing)
         except EngineDeadError as error:
             raise EngineDied(
                 "the vLLM engine process ended during a rollout",
                 mend="see its last lines above; then `--resume` goes on from the last checkpoint",
             ) from error
-        return [self._group(task, output) for task, output in zip(tasks, outputs, strict=True)]
+        return [self._group(task, output, sampling) for task, output in zip(tasks, outputs, strict=True)]
 
     async def _add(self, task: Task, sampling: Sampling) -> Any:
         from vllm import SamplingParams
@@ -134,7 +142,7 @@ class RolloutEngine:
 
         prompt = {
             "prompt_token_ids": list(self._encoder.prompt(task).text_ids),
-            **engine_images(self._model_type, self._encoder.images(task), task.images),
+            **self._encoder.family.engine_images(self._encoder.images(task), task.images),
         }
         parameters = SamplingParams(
             n=sampling.samples,
@@ -148,7 +156,7 @@ class RolloutEngine:
         )
         return await self._engine.add_request(f"{sampling.round}/{task.id}", prompt, parameters)
 
-    def _group(self, task: Task, output: Any) -> Group:
+    def _group(self, task: Task, output: Any, sampling: Sampling) -> Group:
         prompt_ids = self._encoder.prompt(task).input_ids
         if tuple(output.prompt_token_ids) != prompt_ids:
             raise PromptMismatch(
@@ -158,7 +166,13 @@ class RolloutEngine:
                 "see its preprocessor_config.json",
             )
         completions = sorted(output.outputs, key=lambda completion: completion.index)
-        return Group(task, tuple(self._trajectory(task, prompt_ids, completion) for completion in completions))
+        trajectories = [self._trajectory(task, prompt_ids, completion) for completion in completions]
+        if self._routing and sampling.routing:
+            trajectories = [
+                replace(one, routing_TLK=self._routing.of(output.request_id, completion, len(prompt_ids) + one.length))
+                for one, completion in zip(trajectories, completions, strict=True)
+            ]
+        return Group(task, tuple(trajectories))
 
     def _trajectory(self, task: Task, prompt_ids: tuple[int, ...], completion: Any) -> Trajectory:
         token_ids = tuple(completion.token_ids)
@@ -172,14 +186,12 @@ class RolloutEngine:
             text=self._encoder.decode(token_ids),
         )
 
-    async def update_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Takes (checkpoint name, tensor) pairs over vLLM's weight-transfer API; later tokens carry `version`."""
+    async def update_weights(self, parcel: Parcel, version: int) -> None:
+        """Takes the learner's weights over vLLM's weight-transfer API; later tokens carry `version`."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        from rlvlm.weights.shared_memory import Parcel
-
         await self._engine.pause_generation(mode="keep", clear_cache=True)
-        with Parcel(named) as parcel:
+        with parcel:
             await self._engine.start_weight_update()
             await self._engine.update_weights(WeightTransferUpdateRequest(dict(parcel.info)))
             await self._engine.finish_weight_update(str(version))

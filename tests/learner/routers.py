@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from rlvlm.learner.balance import LoadBalance
+from rlvlm.recipe.schema import Balance
 
 
 class PlainRouter(nn.Module):
@@ -26,6 +29,30 @@ class PlainRouter(nn.Module):
         return logits, logits.gather(-1, chosen), chosen
 
 
+def _weights(router: nn.Module, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
+    return logits_TE.gather(-1, indices_TK)
+
+
+class Plain:
+    """What matters here of a `Family`, whose module imports transformers: that of models made of PlainRouters."""
+
+    name = "plain"
+    router = SimpleNamespace(
+        class_name="PlainRouter", weights=_weights, balance="bias", scores=partial(torch.softmax, dim=-1)
+    )
+
+
+class Dense:
+    name = "dense"
+    router = None
+
+
+def run(router: nn.Module, balance: LoadBalance, *pairs: tuple[int, int]) -> None:
+    """A training forward of one token for each pair."""
+    router(tokens_to(*pairs))
+    balance.count(torch.ones(len(pairs)))
+
+
 def tokens_to(*pairs: tuple[int, int]) -> torch.Tensor:
     """Tokens that go to the given pairs of experts, whatever the biases of the tests below are."""
     tokens = torch.zeros(len(pairs), 4)
@@ -38,9 +65,9 @@ def balance_on_one_of_two(rank: int, port: int, folder: Path) -> None:
     """One bias update on tokens of this rank's own; bias and figures go to `<folder>/<rank>.json`."""
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     router = PlainRouter()
-    balance = LoadBalance(router, step=0.25)
+    balance = LoadBalance(router, Plain(), Balance(step=0.25))
     # Expert 1 is at its mean on rank 0, expert 2 above it on rank 1: alone each rank would move them otherwise.
-    router(tokens_to(*[[(0, 1), (0, 1), (0, 3), (0, 3)], [(0, 2), (0, 2), (1, 2)]][rank]))
+    run(router, balance, *[[(0, 1), (0, 1), (0, 3), (0, 3)], [(0, 2), (0, 2), (1, 2)]][rank])
     balance.update()
     result = {"bias": router.e_score_correction_bias.tolist(), **balance.pop_metrics()}
     (folder / f"{rank}.json").write_text(json.dumps(result))
