@@ -1,26 +1,36 @@
 """What SFT is fed, and what the gate measures. Training itself is tested with a real run (tests/engine)."""
 
+import json
 import math
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_policy import build, chain, picture, task
+from safetensors.torch import load_file
+from tiny_policy import TINY, build, chain, picture, task
 
+from rlvlm.policy.checkpoint import save_policy
 from rlvlm.policy.prompts import PromptEncoder, Response
 from rlvlm.recipe.errors import RunError
 from rlvlm.recipe.load import recipe_from
-from rlvlm.recipe.schema import SFT, Phase
+from rlvlm.recipe.schema import SFT, Phase, Recipe
 from rlvlm.records import Seen
-from rlvlm.sft import Collator, Example, GateClosed, check_gate, encode_examples, reading_accuracy
+from rlvlm.sft import Collator, Example, GateClosed, check_gate, encode_examples, reading_accuracy, train_sft
 from rlvlm.tasks.images import ImageStore
+from rlvlm.tasks.pools import TaskPools
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return build()[1]
+def policy():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def processor(policy):
+    return policy[1]
 
 
 @pytest.fixture
@@ -29,8 +39,8 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def encoder(processor, store):
-    return PromptEncoder(processor, store)
+def encoder(policy, store):
+    return PromptEncoder(policy[1], store, policy[0].config)
 
 
 def _task(store, name, chains, answer="7", pictures=()):
@@ -62,6 +72,77 @@ def test_only_the_response_is_learned(encoder, store):
     ]
     width = len(p_long) + 3
     assert batch["attention_mask"].tolist() == [[1] * (width - pad) + [0] * pad, [1] * width]
+
+
+def test_a_batch_without_pictures_gets_a_blank_one_that_changes_nothing(policy, encoder, store):
+    """Behind the shortest row; for ranks whose tower must take part."""
+    tasks = [_task(store, "a", {}), _task(store, "b", {})]
+    responses = (Response((300, 301, 302, 1), (False,) * 4), Response((310, 1), (False,) * 2))
+    examples = [Example(t, r) for t, r in zip(tasks, responses, strict=True)]
+    rows, blank = [{"row": 0}, {"row": 1}], encoder.blank()
+    plain, filled = Collator(examples, encoder, 0)(rows), Collator(examples, encoder, 0, blank)(rows)
+    prompt = list(encoder.prompt(tasks[1]).input_ids)
+    whole = [*prompt, 310, 1, *blank.input_ids]
+    assert filled["input_ids"][1].tolist() == whole
+    assert filled["labels"][1].tolist() == [-100] * len(prompt) + [310, 1] + [-100] * len(blank.input_ids)
+    assert filled["attention_mask"].sum(1).tolist() == [len(prompt) + 4, len(whole)]
+    assert torch.equal(filled["image_grid_thw"], blank.images["image_grid_thw"])
+    model, (width, ends) = policy[0], (plain["labels"].shape[1], (len(prompt) + 4, len(prompt) + 2))
+    with torch.no_grad():
+        logits = [model(**{k: v for k, v in one.items() if k != "labels"}).logits[:, :width] for one in (plain, filled)]
+    for row, end in enumerate(ends):
+        torch.testing.assert_close(logits[0][row, :end], logits[1][row, :end], atol=1e-6, rtol=1e-5)
+    pictured = Collator(
+        [Example(_task(store, "c", {}, pictures=(picture(0, 32, 16),)), responses[0])], encoder, 0, blank
+    )
+    assert len(pictured([{"row": 0}])["image_grid_thw"]) == 1
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(300)
+def test_ranks_with_and_without_pictures_do_not_wait_for_each_other(tmp_path):
+    """SFT under ZeRO-2 and ZeRO-3, one row a rank and step: every other task has a picture. Both stages end with the
+    same weights."""
+    rows = [{"prompt": f"question {i} ?", "answer": "7", "chain": f"so {i}", "image": None} for i in range(80)]
+    for i in range(0, 80, 2):
+        picture(i, 32, 16).save(tmp_path / f"{i}.png")
+        rows[i]["image"] = f"{i}.png"
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = _with_pictures(tmp_path, 2)
+    pools, (model, processor) = TaskPools(recipe, tmp_path / "images"), build()
+    examples = encode_examples(
+        pools.sft(), PromptEncoder(processor, pools.store, model.config), recipe.sft, recipe.seed
+    )
+    pictured = [bool(example.task.images) for example in examples]
+    assert any(first != second for first, second in zip(pictured[::2], pictured[1::2], strict=True))
+    ends = []
+    for stage in (2, 3):
+        recipe = _with_pictures(tmp_path, stage)
+        start, target = tmp_path / "start", tmp_path / f"z{stage}" / "hf"
+        save_policy(*build(spread=0.2), start)
+        train_sft(recipe, start, target, tmp_path / "images", tmp_path / "metrics.jsonl")
+        ends.append(load_file(target / "model.safetensors"))
+    begin = load_file(start / "model.safetensors")
+    for name in begin:
+        assert not torch.equal(begin[name], ends[0][name]), name
+        torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-5, rtol=1e-4)
+
+
+def _with_pictures(folder: Path, zero_stage: int) -> Recipe:
+    columns = {"image": "image", "chain": "chain"}
+    recipe = recipe_from(
+        {
+            "name": "test",
+            "output": str(folder),
+            "policy": {"tiny": TINY.model_dump()},
+            "tasks": {"train": [{"dataset": str(folder / "data.jsonl"), "columns": columns, "reward": "exact"}]},
+            "sft": {"examples": 12, "batch": 2, "ranks": 2, "phases": [{"steps": 6}], "gate": {"tasks": 2}},
+            "learner": {"zero_stage": zero_stage},
+            "evaluation": {"tasks": 2},
+            "rl": {"pool": 4, "prompts": 2, "minibatches": 1},
+        }
+    )
+    return recipe
 
 
 def test_pictures_come_in_the_order_of_the_rows(encoder, store):
