@@ -82,6 +82,18 @@ def _check(arguments: argparse.Namespace) -> None:
     print(f"{arguments.recipe} is fine", file=sys.stderr)
 
 
+def _replay_batch(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlvlm.learner.refused import replay
+
+    table = Table("rank", "row", "tokens", "loss", "where it begins to be not finite", box=None, pad_edge=False)
+    for found in replay(arguments.folder):
+        table.add_row(str(found.rank), str(found.row), str(found.tokens), f"{found.loss:.4g}", found.where)
+    Console().print(table)
+
+
 def _check_reward(arguments: argparse.Namespace) -> None:
     from rich.live import Live
     from rich.table import Table
@@ -120,6 +132,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     report = commands.add_parser("report", help="write a run's report.html anew")
     report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     report.set_defaults(command=_report)
+    replay = commands.add_parser("replay-batch", help="compute a minibatch that a run has refused once more")
+    replay.add_argument("folder", type=Path, metavar="FOLDER", help="like runs/NAME/refused/1")
+    replay.set_defaults(command=_replay_batch)
     reward = commands.add_parser("reward", help="what concerns rewards").add_subparsers(required=True, metavar="WHAT")
     checked = reward.add_parser("check", help="check that a reward can be trusted: `rlvlm reward check PLUGIN`")
     add_arguments(checked)

@@ -11,10 +11,14 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlvlm.recipe.errors import RecipeError
+import psutil
+
+from rlvlm import memory
+from rlvlm.recipe.errors import ABSENT, RecipeError
 from rlvlm.recipe.schema import Recipe, Source
 from rlvlm.run import RunFolder
 
@@ -34,13 +38,35 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def preflight(recipe: Recipe) -> None:
     """Raises RecipeError with everything that would stop the run later."""
     errors = []
-    for check in (check_rewards, check_task_sources, check_model, check_shared_memory, check_port, check_output):
+    checks = (
+        check_rewards,
+        check_task_sources,
+        check_model,
+        check_memory,
+        check_compiler,
+        check_ray,
+        check_shared_memory,
+        check_port,
+        check_output,
+    )
+    for check in checks:
         try:
             check(recipe)
         except RecipeError as error:
             errors.append(error)
     if errors:
         raise RecipeError.of(errors)
+
+
+def check_ray(recipe: Recipe) -> None:
+    """Several ranks of the learner are Ray actors."""
+    if recipe.learner.ranks > 1 and find_spec("ray") is None:
+        raise RecipeError(
+            "learner.ranks",
+            recipe.learner.ranks,
+            "several ranks need Ray, which is not installed",
+            "install rlvlm[ray], or give learner.ranks=1",
+        )
 
 
 def check_task_sources(recipe: Recipe) -> None:
@@ -126,6 +152,63 @@ def _parameters(recipe: Recipe) -> int:
         return 0
     files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     return sum(file.stat().st_size for file in files) // _file_dtype_bytes(folder, recipe.policy.model)
+
+
+def check_memory(recipe: Recipe) -> None:
+    """What RL needs at a time fits into what is free; by estimate, so a run may still fail near the edge."""
+    if "rl" not in recipe.stages:
+        return
+    parameters, config = _parameters(recipe), memory.read_config(Path(recipe.policy.model).expanduser())
+    devices = memory.gpus()
+    if devices:
+        total, free = min(devices)
+        need, place = memory.need_on_gpu(recipe, parameters, config, total), "a GPU here"
+    else:
+        free = memory.free_on_cpu()
+        need, place = memory.need_on_cpu(recipe, parameters, config), "this machine"
+    if need.total > free:
+        problem = (
+            f"needs about {_size(need.total)} of memory (learner {_size(need.learner)}, activations "
+            f"{_size(need.activations)}, engine {_size(need.engine)}, processes {_size(need.processes)}), and {place} "
+            f"has {_size(free)} free"
+        )
+        raise RecipeError("policy.model", recipe.policy.model, problem, _less_memory(recipe, need))
+
+
+def _less_memory(recipe: Recipe, need: memory.Need) -> str:
+    """What would help most, for the largest part of the need."""
+    largest = max(("learner", "activations", "engine"), key=lambda part: getattr(need, part))
+    if largest == "engine":
+        return "lower rollout.gpu_memory or rollout.kv_cache_gib, or take a smaller model"
+    if largest == "activations":
+        return "give learner.gradient_checkpointing=true, or a smaller learner.row_tokens or learner.logp_chunk"
+    return (
+        "give policy.lora, learner.zero_stage=3 with more learner.ranks, learner.offload=optimizer, or a smaller model"
+    )
+
+
+def check_compiler(recipe: Recipe) -> None:
+    """On GPUs vLLM compiles kernels when it starts: that takes a compiler, and no lock left by one that was killed."""
+    if memory.gpus():
+        check_compilers_there()
+        check_compile_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser())
+
+
+def check_compilers_there() -> None:
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        problem = "no C compiler is on the PATH, and vLLM's kernels are compiled when it starts"
+        raise RecipeError("CC", os.environ.get("CC", ABSENT), problem, "install one (Debian: gcc), or set CC")
+
+
+def check_compile_locks(folder: Path) -> None:
+    """torch's lock of an extension that is being compiled stays when the compile is killed, and every later start waits
+    for it without a word. It is stale when nobody compiles any more."""
+    compilers = {"ninja", "nvcc", "g++", "gcc", "cc1plus", "c++", "cicc"}
+    if any(process.name() in compilers for process in psutil.process_iter(["name"])):
+        return
+    for lock in sorted(folder.glob("**/lock")):
+        problem = "the lock of a compile that was killed: whatever compiles there next would wait for ever"
+        raise RecipeError(str(lock), ABSENT, problem, f"if no other machine shares this folder: rm {lock}")
 
 
 def check_shared_memory(recipe: Recipe) -> None:

@@ -21,7 +21,13 @@ from rlvlm.report.files import replace_file
 
 _LOCK = ".lock"
 # What may change when a run goes on: where it lies and is reached, and what does not touch the numbers.
-_MAY_DIFFER = ("output", "learner.port", "checkpoint", "report")
+_MAY_DIFFER = (
+    "output",
+    *(f"learner.{key}" for key in ("ranks", "zero_stage", "offload", "gradient_checkpointing")),  # cut another way
+    *(f"learner.{key}" for key in ("port", "ray_address", "limit_s")),
+    "checkpoint",
+    "report",
+)
 _MAY_GROW = ("rl.iterations",)
 
 

@@ -154,11 +154,12 @@ def test_exit_codes_of_the_errors() -> None:
     "error", [RuntimeError("a bug"), RunError("the engine died", "look above"), KeyboardInterrupt()]
 )
 def test_what_ends_a_run_tells_how_to_go_on(error: BaseException, tmp_path: Path) -> None:
-    arguments = argparse.Namespace(recipe=Path("my recipe.yaml"), overrides=["rl.tau=0.2", "name=x"])
+    arguments = argparse.Namespace(recipe=Path("my recipe.yaml"), overrides=["rl.temperature=0.9", "name=x"])
     with pytest.raises(type(error)) as raised, _telling_how_to_go_on(RunFolder(tmp_path / "x"), arguments):
         raise error
     assert raised.value.__notes__ == [
-        f"The run is in {tmp_path / 'x'}; it goes on with:\n  rlvlm train 'my recipe.yaml' rl.tau=0.2 name=x --resume"
+        f"The run is in {tmp_path / 'x'}; it goes on with:\n"
+        "  rlvlm train 'my recipe.yaml' rl.temperature=0.9 name=x --resume"
     ]
 
 

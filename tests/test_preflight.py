@@ -5,12 +5,26 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlvlm.preflight import check_model, check_output, check_port, check_rewards, check_shared_memory, preflight
+from rlvlm import memory
+from rlvlm.preflight import (
+    check_compile_locks,
+    check_compilers_there,
+    check_memory,
+    check_model,
+    check_output,
+    check_port,
+    check_ray,
+    check_rewards,
+    check_shared_memory,
+    preflight,
+)
 from rlvlm.recipe.errors import RecipeError
 from rlvlm.recipe.load import recipe_from
 from rlvlm.recipe.schema import Recipe
@@ -164,6 +178,14 @@ def test_too_little_disk(tmp_path: Path, model: Path) -> None:
     assert raised.value.key == "output" and "free of the 86016.5 GiB needed" in raised.value.problem
 
 
+def test_several_ranks_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_ray(_recipe(tmp_path, learner={"ranks": 2}))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    check_ray(_recipe(tmp_path))
+    with pytest.raises(RecipeError, match=r"learner\.ranks = 2: several ranks need Ray.*install rlvlm\[ray\]"):
+        check_ray(_recipe(tmp_path, learner={"ranks": 2}))
+
+
 def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.socket() as server:
         server.bind(("", 0))
@@ -188,3 +210,55 @@ def test_an_output_that_is_not_writable(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir(mode=0o500)
     with pytest.raises(RecipeError, match="is not writable for this user; give another folder"):
         check_output(_recipe(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "gigabytes"),
+    [
+        ({"policy": {"dtype": "bfloat16"}}, 2 + 2 + 12),
+        ({}, 4 + 4 + 12),
+        ({"policy": {"dtype": "bfloat16"}, "learner": {"zero_stage": 1, "ranks": 4}}, 2 + 2 + 12 / 4),
+        ({"policy": {"dtype": "bfloat16"}, "learner": {"zero_stage": 2, "ranks": 4}}, 2 + 2 / 4 + 12 / 4),
+        ({"policy": {"dtype": "bfloat16"}, "learner": {"zero_stage": 3, "ranks": 4}}, (2 + 2 + 12) / 4),
+        ({"policy": {"dtype": "bfloat16", "lora": {}}}, 2 + 0.02 * (2 + 12)),
+    ],
+)
+def test_memory_of_a_rank_for_a_thousand_million_parameters(tmp_path: Path, keys: dict, gigabytes: float) -> None:
+    assert memory.learner_bytes(_recipe(tmp_path, **keys), 10**9) == pytest.approx(gigabytes * 1e9)
+
+
+def test_activations_by_hand(tmp_path: Path) -> None:
+    config = {"text_config": {"hidden_size": 2048, "num_hidden_layers": 27, "vocab_size": 163840}}
+    keys = {"policy": {"dtype": "bfloat16"}, "learner": {"row_tokens": 16384, "logp_chunk": 256}}
+    logits = 256 * 163840 * 12
+    assert memory.activation_bytes(_recipe(tmp_path, **keys), config) == 16384 * 2048 * 27 * 17 * 2 + logits
+    keys["learner"]["gradient_checkpointing"] = True
+    assert memory.activation_bytes(_recipe(tmp_path, **keys), config) == 16384 * 2048 * 27 * 2 + logits
+
+
+def test_a_model_that_does_not_fit_into_memory(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(RecipeError, match=r"needs about .* of memory .* has .* free; give policy.lora") as raised:
+        check_memory(_recipe(tmp_path, policy={"model": str(model), "dtype": "bfloat16"}, stages=["rl"]))
+    assert raised.value.key == "policy.model"
+    check_memory(_recipe(tmp_path))
+
+
+def test_the_lock_of_a_killed_compile(tmp_path: Path) -> None:
+    check_compile_locks(tmp_path)
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with pytest.raises(RecipeError, match=f"rm {lock}"):
+        check_compile_locks(tmp_path)
+    compiler = tmp_path / "ninja"  # while something compiles the lock is rightly there
+    compiler.symlink_to("/bin/sleep")
+    with subprocess.Popen([str(compiler), "30"]) as compiling:
+        check_compile_locks(tmp_path)
+        compiling.kill()
+
+
+def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_compilers_there()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RecipeError, match="no C compiler is on the PATH"):
+        check_compilers_there()

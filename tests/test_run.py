@@ -122,7 +122,7 @@ def test_resume_names_every_key_that_differs_with_both_values(started: RunFolder
     other = _recipe(
         tmp_path,
         seed=3,
-        rl={"tau": 0.2, "length": {"gate": None}},
+        rl={"objective": {"tau": 0.2}, "length": {"gate": None}},
         tasks={"train": [{"generator": "digits_sum", "levels": [1]}]},
         checkpoint={"keep": 9},
     )
@@ -131,7 +131,7 @@ def test_resume_names_every_key_that_differs_with_both_values(started: RunFolder
     lines = str(raised.value).splitlines()
     new = "or start a new run under another name"
     assert lines[0] == f"seed = 3: the run was started with 0; give seed=0, {new}"
-    assert f"rl.tau = 0.2: the run was started with 0.1; give rl.tau=0.1, {new}" in lines
+    assert f"rl.objective.tau = 0.2: the run was started with 0.1; give rl.objective.tau=0.1, {new}" in lines
     assert f"rl.length.gate = null: the run was started with 0.5; give rl.length.gate=0.5, {new}" in lines
     assert any(line.startswith("tasks.train = [{generator: digits_sum,") for line in lines)
     assert len(lines) == 4 and not any("checkpoint" in line for line in lines)

@@ -8,13 +8,42 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from rlvlm.recipe.errors import RlvlmError
+
+
+class Ranks(Protocol):
+    """Processes that each hold one object and do the same things with it, one share of the work each."""
+
+    size: int
+
+    def call(self, method: str, *arguments: Sequence[Any]) -> list[Any]:
+        """Calls the objects' `method` on all ranks at once. arguments: each a sequence with one value a rank. Gives
+        the results by rank."""
+
+    def close(self) -> None: ...
+
+
+class LocalRank:
+    """One rank: this process. `make` builds its object once the process is ready for DeepSpeed. port: where its
+    process group meets, 0 for one that is free."""
+
+    size = 1
+
+    def __init__(self, make: Callable[[], Any], port: int, threads: int) -> None:
+        become_rank(0, 1, port or free_port(), threads)
+        self._object = make()
+
+    def call(self, method: str, *arguments: Sequence[Any]) -> list[Any]:
+        return [getattr(self._object, method)(*(values[0] for values in arguments))]
+
+    def close(self) -> None:
+        del self._object
 
 
 def free_port() -> int:
@@ -26,16 +55,28 @@ def free_port() -> int:
 
 def become_rank(rank: int, ranks: int, port: int, threads: int) -> None:
     """Makes this process rank `rank` of `ranks` on this machine, before DeepSpeed is imported."""
-    os.environ.update(
-        {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    )
+    os.environ.update(rank_environment(rank, ranks, "127.0.0.1", port, rank, ranks))
+    ready_for_deepspeed(threads)
+
+
+def rank_environment(
+    rank: int, ranks: int, address: str, port: int, local_rank: int, local_ranks: int
+) -> dict[str, str]:
+    """What torch.distributed and DeepSpeed read. address, port: where the process group meets. local_rank: among the
+    ranks of the same machine, and the number of the GPU it takes."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": local_ranks,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def ready_for_deepspeed(threads: int) -> None:
+    """Threads, quiet libraries, and a DeepSpeed that starts on a machine without GPU; before DeepSpeed is imported."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     quieten_libraries()

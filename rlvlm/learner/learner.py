@@ -1,23 +1,36 @@
-"""The learner: DeepSpeed under the objective. One iteration = reference log-probs, minibatches, bias update, optimizer
-reset."""
+"""One rank of the learner: DeepSpeed under the objective. One iteration = reference log-probs, an optimizer step per
+minibatch with the experts' balance after it, optimizer reset.
+
+Every method is collective: all ranks call it, each with its share of the batch, and get the same figures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from rlvlm.learner.balance import LoadBalance
-from rlvlm.learner.logprobs import RowLogProbs, sum_by_segment
-from rlvlm.learner.objective import surrogate
-from rlvlm.policy.checkpoint import checkpoint_names
-from rlvlm.recipe.errors import RunError
+from rlvlm.learner.checkpoints import Facts
+from rlvlm.learner.cost import Cost
+from rlvlm.learner.experts import ExpertParallel
+from rlvlm.learner.logprobs import RowLogProbs
+from rlvlm.learner.objective import Totals, correction, row_loss
+from rlvlm.learner.refused import Refusals, write_rank
+from rlvlm.learner.replay import RouterReplay
+from rlvlm.learner.reshard import SavedState, take_over
+from rlvlm.learner.zero import checkpoint_activations, deepspeed_config, gather_blocks_whole, reset_optimizer
+from rlvlm.policy.checkpoint import load_policy, parameter_count, save_policy, save_weights
+from rlvlm.policy.family import family_of
+from rlvlm.policy.trainable import prepare
+from rlvlm.recipe.load import save_recipe
 from rlvlm.recipe.schema import Recipe
-from rlvlm.records import Batch, Row
+from rlvlm.records import Batch, Minibatch, Row
+
+_TAG = "learner"  # of DeepSpeed's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,154 +44,225 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """pi_i on a batch: logp[m][r] is the log-probs [N] of row r of minibatch m; entropy: mean per trained token, in
-    nats."""
+    """pi_i on a rank's share: logp[m][r] is the log-probs [N] of row r of minibatch m. Over all ranks: parity, and
+    entropy, the mean per trained token in nats; mismatch, the share of token-layers whose experts engine and learner
+    choose differently (rl.router_replay r3). routing: the experts that pi_i chose, row by row (r2)."""
 
     logp: tuple[tuple[torch.Tensor, ...], ...]
     parity: Parity
     entropy: float
-
-
-class NothingToLearn(RunError):
-    """A batch without a single scored response."""
+    routing: tuple[tuple[torch.Tensor | None, ...], ...]
+    mismatch: float | None
 
 
 class Learner:
-    """Holds the policy in training. `reference`, then `step`, then `weights`, once per iteration."""
+    """Holds the policy in training. `reference`, then `step`, then `write_weights`, once per iteration."""
 
-    def __init__(self, recipe: Recipe, policy: PreTrainedModel, banned: Sequence[int]) -> None:
+    def __init__(self, recipe: Recipe, checkpoint: Path, banned: Sequence[int]) -> None:
         import deepspeed
 
-        self._rl = recipe.rl
-        self._policy = policy
-        self._balance = LoadBalance(policy, recipe.learner.bias_update)
-        module = RowLogProbs(policy, recipe.rl.temperature, banned, recipe.learner.logp_chunk)
-        self._engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=list(module.parameters()), config=_deepspeed_config(recipe)
+        self._recipe = recipe
+        self._objective = recipe.rl.objective
+        self._policy, self._processor = load_policy(str(checkpoint), recipe.policy.dtype)
+        family = family_of(self._policy.config, recipe.policy.model)
+        self._trainable = prepare(self._policy, recipe, "rl")
+        self._balance = LoadBalance(
+            self._policy, family, recipe.learner.balance, frozen=not self._trainable.trains("router")
         )
+        self._replay = RouterReplay(self._policy, family, recipe.rl.router_replay)
+        module = RowLogProbs(self._policy, recipe.rl.temperature, banned, recipe.learner.logp_chunk)
+        gather_blocks_whole(self._policy, family)
+        if recipe.learner.gradient_checkpointing:
+            checkpoint_activations(self._policy)
+        config = deepspeed_config(recipe)
+        self._experts: ExpertParallel | None = None
+        if recipe.learner.expert_parallel > 1:
+            self._experts = ExpertParallel(self._policy, family, recipe)
+            config["expert_parallel"] = self._experts.config()
+        groups = [{"name": str(i), **group} for i, group in enumerate(self._trainable.parameter_groups())]
+        self._engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
         self._device = self._engine.device
+        self._rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._banned, self._refusals = banned, Refusals(recipe)
+        self._cost = Cost(self._policy, family, self._device)
 
     @torch.no_grad()
-    def reference(self, batch: Batch) -> Reference:
-        """Recomputes pi_i with the learner's own weights and holds the engine's log-probs against it.
+    def reference(self, share: Batch) -> Reference:
+        """Recomputes pi_i with the learner's own weights and holds the engine's log-probs against it."""
+        logp: list[tuple[torch.Tensor, ...]] = []
+        routing: list[tuple[torch.Tensor | None, ...]] = []
+        sums, worst = torch.zeros(3, dtype=torch.float64), torch.zeros(1)  # gap, entropy, tokens
+        for minibatch in share.minibatches:
+            with self._cost.reference(minibatch.rows[0]):
+                outputs = [self._frozen(_to(row, self._device)) for row in minibatch.rows[0]]
+            logp.append(tuple(logp_N.cpu() for logp_N, _, _ in outputs))
+            routing.append(tuple(routing_TLK for _, _, routing_TLK in outputs))
+            for row, (logp_N, entropy_N, _) in zip(minibatch.rows[0], outputs, strict=True):
+                gap_N = (row.engine_logp_T[row.trained_T] - logp_N.cpu()).abs()
+                sums += torch.tensor([float(gap_N.sum()), float(entropy_N.sum()), gap_N.numel()])
+                worst = torch.maximum(worst, gap_N.max()) if gap_N.numel() else worst
+        gap, entropy, tokens = self._over_ranks(sums).tolist()
+        parity = Parity(float(self._over_ranks(worst, largest=True)), gap / tokens, int(tokens))
+        return Reference(tuple(logp), parity, entropy / tokens, tuple(routing), self._mismatch())
 
-        Raises NothingToLearn if no response of the iteration could be scored.
-        """
-        if not any(batch.minibatches):
-            raise NothingToLearn(
-                "not one response of this iteration could be scored",
-                mend="mend the reward, then `--resume`; rewards.max_failures below 1 stops with the cause",
-            )
-        logp, gaps, entropies = [], [], []
-        with self._balance.paused():
-            for rows in batch.minibatches:
-                outputs = [self._engine(_to(row, self._device)) for row in rows]
-                logp.append(tuple(logp_N for logp_N, _ in outputs))
-                entropies += [entropy_N for _, entropy_N in outputs]
-                gaps += [
-                    (row.engine_logp_T[row.trained_T] - logp_N.cpu()).abs()
-                    for row, (logp_N, _) in zip(rows, outputs, strict=True)
-                ]
-        gap = torch.cat(gaps)
-        parity = Parity(float(gap.max()), float(gap.mean()), gap.numel())
-        return Reference(tuple(logp), parity, float(torch.cat(entropies).mean()))
+    def _frozen(self, row: Row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """pi_i on a row: log-probs, entropies, and (r2) the routing."""
+        with self._replay.reference(row.routing_TLK):
+            logp_N, entropy_N = self._engine(row)
+        return logp_N, entropy_N, self._replay.pop_recorded()
 
-    def step(self, batch: Batch, reference: Reference) -> dict[str, float]:
-        """One optimizer step per minibatch, then the reset. Gives `loss`, `grad_norm`, `kl`, `load/...`, means over
-        steps."""
-        losses, norms, divergences = [], [], []
-        for rows, prompts, reference_logp in zip(batch.minibatches, batch.prompts, reference.logp, strict=True):
-            if not rows:  # nothing in it could be scored
-                continue
-            parts = [
-                self._accumulate(_to(row, self._device), logp_N, prompts, last=row is rows[-1])
-                for row, logp_N in zip(rows, reference_logp, strict=True)
-            ]
-            losses.append(sum(float(loss) for loss, _ in parts))
-            divergences += [kl_N for _, kl_N in parts]
-            norms.append(float(self._engine.get_global_grad_norm()))
-            self._balance.update()
-        if self._rl.optimizer_reset:
-            self._reset_optimizer()
-        steps = max(len(losses), 1)
+    def _mismatch(self) -> float | None:
+        """Share of the replayed token-layers in which the routers would have chosen otherwise, over all ranks."""
+        differing, compared = self._over_ranks(self._replay.pop_mismatch()).tolist()
+        return differing / compared if compared else None
+
+    def step(self, share: Batch, reference: Reference) -> dict[str, float]:
+        """One optimizer step per minibatch, then the reset. Gives `loss`, `grad_norm`, `kl`, the objective's figures
+        and `load/...`: means over steps or tokens."""
+        steps: list[dict[str, float]] = []
+        for minibatch, logp, routing in zip(share.minibatches, reference.logp, reference.routing, strict=True):
+            with self._cost.training(minibatch.rows[0]):
+                steps += self._minibatch(minibatch, logp, routing)
+        if self._objective.optimizer_reset:  # the reference has moved (k1.5)
+            reset_optimizer(self._engine)
+        tokens = sum(step.pop("tokens") for step in steps)
+        per_step = {name: [step.pop(name) for step in steps] for name in ("loss", "grad_norm")}
+        routers = {"router/mismatch": reference.mismatch, "router/drift": self._mismatch()}
         return {
-            "loss": sum(losses) / steps,
-            "grad_norm": sum(norms) / steps,
-            "kl": float(torch.cat(divergences).mean()) if divergences else 0.0,
+            **{name: sum(values) / len(values) if values else math.nan for name, values in per_step.items()},
+            **{name: sum(step[name] for step in steps) / tokens for name in (steps[0] if steps else ())},
+            "refused_steps": len(share.minibatches) - len(steps),
             **self._balance.pop_metrics(),
+            **{name: share for name, share in routers.items() if share is not None},
+            **self._cost.pop_figures(self._over_ranks),
         }
 
+    def _minibatch(
+        self, minibatch: Minibatch, logp: Sequence[torch.Tensor], routing: Sequence[torch.Tensor | None]
+    ) -> list[dict[str, float]]:
+        """Backward of every row, one optimizer step. Gives the loss, the norm of the gradient, and sums over tokens, of
+        all ranks; nothing if the step was refused, because loss or gradient were not finite."""
+        rows = [
+            row if routing_TLK is None else replace(row, routing_TLK=routing_TLK)
+            for row, routing_TLK in zip(minibatch.rows[0], routing, strict=True)
+        ]
+        weights = [
+            correction(self._objective, reference_N, row.engine_logp_T[row.trained_T])
+            for row, reference_N in zip(rows, logp, strict=True)
+        ]
+        kept = sum(int((weight_N > 0).sum()) for weight_N in weights)
+        real = sum(int(_real(row).sum()) for row in rows)
+        kept, real = self._over_ranks(torch.tensor([kept, real])).tolist()
+        totals = Totals(minibatch.prompts, minibatch.sequences, kept)
+        sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "kl": 0.0}
+        for row, reference_N, weight_N in zip(rows, logp, weights, strict=True):
+            self._engine.set_gradient_accumulation_boundary(row is rows[-1])
+            with self._replay.replay(row.routing_TLK):
+                figures = self._accumulate(_to(row, self._device), reference_N, weight_N, totals, real)
+            sums = {name: sums.get(name, 0.0) + figures.get(name, 0.0) for name in sums | figures}
+        if self._engine.optimizer.overflow:  # of all ranks' gradients; DeepSpeed has not taken the step
+            self._refuse(rows, logp, totals)
+            return []
+        self._refusals.step_taken()
+        self._balance.update()
+        total = self._over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+        return [{**dict(zip(sums, total, strict=True)), "grad_norm": float(self._engine.get_global_grad_norm())}]
+
+    def _refuse(self, rows: Sequence[Row], logp: Sequence[torch.Tensor], totals: Totals) -> None:
+        """Writes the minibatch down. Raises NotFinite when that has happened too often in a row."""
+        self._balance.discard()
+        folder, state = self._refusals.folder(), self.full_state()
+        torch.distributed.barrier()  # every rank has chosen the same folder
+        if self._rank == 0:
+            save_policy(self._policy, self._processor, folder / "hf", state)
+            save_recipe(self._recipe, folder / "recipe.yaml")
+        write_rank(folder, self._rank, rows, logp, self._banned, totals)
+        torch.distributed.barrier()
+        self._refusals.step_refused(folder)
+
     def _accumulate(
-        self, row: Row, reference_N: torch.Tensor, prompts: int, last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Backward of one row; the optimizer steps with the minibatch's last. Gives the loss and the per-token
-        divergence from pi_i by the estimator exp(d) - 1 - d of d = log pi - log pi_i."""
-        self._engine.set_gradient_accumulation_boundary(last)
+        self, row: Row, reference_N: torch.Tensor, weight_N: torch.Tensor, totals: Totals, real: int
+    ) -> dict[str, float]:
+        """Backward of one row; the optimizer steps with the minibatch's last. Gives sums over the row's tokens, with
+        `kl` by the estimator exp(d) - 1 - d of d = log pi - log pi_i. real: tokens of the minibatch that count for
+        the experts' load."""
         logp_N, _ = self._engine(row)
-        loss = surrogate(
-            sum_by_segment(logp_N, row),
-            sum_by_segment(reference_N, row),
-            row.advantage_S,
-            row.group_size_S,
-            prompts=prompts,
-            tau=self._rl.tau,
-            normalisation=self._rl.normalisation,
-        )
-        self._engine.backward(loss)
+        reference_N, weight_N = reference_N.to(logp_N.device), weight_N.to(logp_N.device)
+        result = row_loss(self._objective, logp_N, reference_N, weight_N, row, totals)
+        real_T = _real(row)
+        loss = result.loss + self._balance.count(real_T) * real_T.sum() / real
+        # DeepSpeed takes the mean of the ranks' gradients; the loss is a sum, its denominators those of all ranks. A
+        # loss that is not finite makes every gradient so: DeepSpeed then refuses the step, on all ranks.
+        self._engine.backward(loss * (self._ranks if bool(torch.isfinite(loss)) else math.nan))
         self._engine.step()
         log_ratio_N = (logp_N - reference_N).detach()
-        return loss.detach(), log_ratio_N.exp() - 1 - log_ratio_N
+        kl = float((log_ratio_N.exp() - 1 - log_ratio_N).sum())
+        return {"loss": float(result.loss.detach()), "tokens": float(logp_N.numel()), "kl": kl, **result.figures}
 
-    def _reset_optimizer(self) -> None:
-        """The reference has moved: moments and step counts start again (k1.5), in place, as a fresh engine has them."""
-        for state in self._engine.optimizer.optimizer.state.values():
-            for name, value in state.items():
-                state[name] = value.zero_() if torch.is_tensor(value) else type(value)(0)
+    def _over_ranks(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
+        """Sum (or maximum) over the ranks."""
+        shared = tensor.to(self._device)
+        operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(shared, operation)
+        return shared.cpu()
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight under its checkpoint name, sharded parameters gathered."""
-        return checkpoint_names(self._policy, self.full_state())
+    def write_weights(self, path: Path) -> None:
+        """Every weight under its checkpoint name as a safetensors file, by rank 0."""
+        state = self.full_state()
+        if self._rank == 0:
+            save_weights(self._policy, state, path)
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """The policy's state dict with whole tensors; under ZeRO-3 they are gathered one by one."""
-        from deepspeed import zero
+        """The policy's state dict with whole tensors and adapters merged, on rank 0; nothing elsewhere."""
+        state = self._trainable.state() if self._experts is None else self._experts.restored(self._trainable.state())
+        return {name: tensor.cpu() for name, tensor in state if self._rank == 0}
 
-        state = {}
-        for name, tensor in self._policy.state_dict(keep_vars=True).items():
-            if hasattr(tensor, "ds_id"):
-                with zero.GatheredParameters([tensor]):
-                    state[name] = tensor.detach().clone()
-            else:
-                state[name] = tensor.detach()
-        return state
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self._policy.parameters())
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizer and DeepSpeed's own state, for an exact resume."""
-        self._engine.save_checkpoint(str(folder), tag="learner")
+        """hf/: a plain checkpoint. adapter/: with LoRA, the adapters alone. state/: the weights that train, optimizer
+        and DeepSpeed's own state, for an exact resume."""
+        state = self.full_state()
+        if self._rank == 0:
+            save_policy(self._policy, self._processor, folder / "hf", state)
+        if self._trainable.adapters:
+            self._trainable.save_adapter(folder / "adapter")
+        self._engine.save_checkpoint(
+            str(folder / "state"), tag=_TAG, exclude_frozen_parameters=self._trainable.adapters
+        )
+        if self._rank == 0:
+            self._facts().write(folder)
 
     def load(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag="learner")
+        """Goes on from what `save` wrote to `folder`: to the bit, if it had as many ranks and the same ZeRO stage, and
+        cut anew for this learner otherwise. Raises CheckpointRefused if it is not the state of such a policy."""
+        saved, own = Facts.read(folder), self._facts()
+        saved.check(own, folder)
+        state = folder / "state"
+        if (saved.ranks, saved.zero_stage) == (own.ranks, own.zero_stage):
+            self._engine.load_checkpoint(str(state), tag=_TAG, load_module_strict=not self._trainable.adapters)
+        else:
+            take_over(self._engine, SavedState(state / _TAG, saved.ranks, saved.zero_stage))
+
+    def _facts(self) -> Facts:
+        recipe, lora = self._recipe, self._recipe.policy.lora
+        trained = {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
+        return Facts(
+            ranks=self._ranks,
+            zero_stage=recipe.learner.zero_stage,
+            expert_parallel=recipe.learner.expert_parallel,
+            model=self._policy.config.model_type,
+            dtype=recipe.policy.dtype,
+            lora=lora.model_dump(mode="json") if lora else None,
+            trained={name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()},
+        )
 
 
-def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    rl = recipe.rl
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # rows of a minibatch vary in number: the boundary is set by hand
-        "bf16": {"enabled": recipe.policy.dtype == "bfloat16"},
-        "zero_optimization": {"stage": recipe.learner.zero_stage},
-        "gradient_clipping": rl.grad_clip,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": rl.learning_rate,
-                "betas": list(rl.betas),
-                "weight_decay": rl.weight_decay,
-                # The C++ Adams multiply beta^t up step by step and use pow() after a load: not bit-exact over a resume.
-                "torch_adam": True,
-            },
-        },
-    }
+def _real(row: Row) -> torch.Tensor:
+    """[T], True where a token belongs to a response that is trained on: not to a blank picture that a rank needs."""
+    return row.segment_T < row.advantage_S.numel()
 
 
 def _to(row: Row, device: torch.device) -> Row:

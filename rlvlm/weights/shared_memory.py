@@ -4,14 +4,11 @@ weight-transfer API. The engine's side is registered as the backend `shared_memo
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -21,7 +18,6 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 BACKEND = "shared_memory"
-_FOLDER = Path("/dev/shm")
 
 
 @dataclass
@@ -68,25 +64,3 @@ def register_engine() -> None:
     """Idempotent: vLLM may load plugins more than once in a process."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
-
-
-class Parcel:
-    """The learner's side: weights written to shared memory for as long as the `with` block lasts.
-
-    named: (checkpoint name, tensor) pairs. `info` is what vLLM's `update_weights` takes.
-    """
-
-    def __init__(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._path = _FOLDER / f"rlvlm-weights-{os.getpid()}.safetensors"
-        self._named = named
-
-    @property
-    def info(self) -> Mapping[str, str]:
-        return {"path": str(self._path)}
-
-    def __enter__(self) -> Parcel:
-        save_file(dict(self._named), self._path)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._path.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.engine
 
 _SMALL = (
     "stages=[rl]", "rl.iterations=5", "rl.pool=40", "rl.prompts=8", "rl.samples=4", "rl.minibatches=2",
-    "rl.length.start_iteration=2", "evaluation.tasks=12", "evaluation.samples=1", "checkpoint.every=2", "sft.ranks=1",
+    "rl.length.start_iteration=2", "evaluation.tasks=12", "evaluation.samples=1", "evaluation.every=2",
+    "checkpoint.every=2", "sft.ranks=1",
 )  # fmt: skip
 
 
@@ -57,7 +58,8 @@ def uninterrupted(demo, tmp_path_factory):
     done = rlvlm(*_arguments(demo, output), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = _lines(output / "tiny_demo")
-    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["iteration"] for line in lines if line["stage"] == "rl"] == [1, 2, 3, 4, 5]
+    assert [line["iteration"] for line in lines if line["stage"] == "evaluation"] == [0, 2, 4, 5]
     return lines
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rlvlm.learner.checkpoints import Checkpoints
+from rlvlm.learner.checkpoints import CheckpointRefused, Checkpoints
 
 # Writes step 1 whole; dies in the middle of step 2, with hf/ written and state/ begun.
 _KILLED = """
@@ -103,3 +103,29 @@ def test_state_comes_back_with_every_bit(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.write(3, _fill(""), state)
     assert checkpoints.state(3) == state
+
+
+def test_a_file_that_is_cut_short_or_missing_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.write(step, _fill("x" * 1234), {"iteration": step})
+    weights = checkpoints.path(2) / "state" / "weights"
+    weights.write_text("x" * 1000)
+    with pytest.raises(CheckpointRefused) as caught:
+        checkpoints.state(2)
+    assert caught.value.problem == f"{tmp_path / 'step-2'} is damaged: state/weights has 1,000 bytes of 1,234"
+    assert caught.value.mend == "remove it, and `--resume` again: step-1 is the one before it"
+    weights.unlink()
+    with pytest.raises(CheckpointRefused, match="is damaged: state/weights is missing"):
+        checkpoints.state(2)
+    (checkpoints.path(1) / "hf" / "weights").unlink()
+    with pytest.raises(CheckpointRefused, match=r"hf/weights is missing; .*there is none before it"):
+        checkpoints.state(1)
+
+
+def test_a_checkpoint_of_another_form_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.write(3, _fill(""), {"iteration": 3})
+    (checkpoints.path(3) / "state" / "manifest.json").unlink()
+    with pytest.raises(CheckpointRefused, match="form that this version of rlvlm does not read"):
+        checkpoints.state(3)
