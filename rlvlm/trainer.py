@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from rlvlm.cluster.local import quieten_libraries
 from rlvlm.evaluation.evaluate import Evaluator, Measured
 from rlvlm.learner.balance import CollapseWatch
 from rlvlm.learner.checkpoints import Checkpoints
@@ -62,6 +63,7 @@ def train(recipe: Recipe, run: RunFolder, resume: bool) -> None:
 
     Raises RunError (gate, parity, failing rewards, a dead engine) with what to do about it.
     """
+    quieten_libraries()
     with Console() as console, MemoryWatch() as memory:
         clock, log = Clock(), MetricsLog(run.metrics)
         pools = TaskPools(recipe, run.images)
