@@ -133,7 +133,7 @@ def test_a_megabyte_takes_no_time(case: Case) -> None:
         start = time.thread_time()
         score = reward.now(sample(case, f"so it is</think>{text}"))
         assert score.value == 0.0, (text[:20], score)
-        assert time.thread_time() - start < 0.6, text[:20]  # a quarter of it for finding where the answer stands
+        assert time.thread_time() - start < 1.2, text[:20]  # a quarter of it for finding where the answer stands
 
 
 @EACH
