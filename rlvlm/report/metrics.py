@@ -18,7 +18,18 @@ from rlvlm.report.files import replace_file
 
 Record = dict[str, Any]
 
-TIME_KEYS = frozenset({"seconds", "tokens_per_s", "wall", "wall_s"})
+# What a machine's speed and memory decide, and the seed does not.
+TIME_KEYS = frozenset(
+    {
+        "seconds",
+        "tokens_per_s",
+        "wall",
+        "wall_s",
+        "learner/tokens_per_s",
+        "learner/mfu",
+        "learner/peak_memory_bytes",
+    }
+)
 
 
 class CorruptMetricsError(ValueError):
