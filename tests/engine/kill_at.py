@@ -53,9 +53,9 @@ def in_checkpoint_write() -> None:
     def doomed(self, folder):
         calls.append(0)
         if len(calls) == ITERATION // 2:
-            folder.mkdir(parents=True)
-            (folder / "half").write_bytes(b"0" * 1000)
-            die()  # hf/ is there, state/ only half
+            (folder / "state").mkdir()
+            (folder / "state" / "half").write_bytes(b"0" * 1000)
+            die()
         return save(self, folder)
 
     Learner.save = doomed
