@@ -21,6 +21,8 @@ def register() -> None:
     register_engine()
     if PARENT in os.environ and os.getpid() != int(os.environ[PARENT]):
         _die_with_parent()
+        # Inherited from the trainer, which starts engines with SIGINT blocked; what vLLM imports may have undone it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _die_with_parent() -> None:
